@@ -1,0 +1,61 @@
+# Two commands: `make demo` and `make test`. Each sets up what it needs in .venv; a second run installs nothing.
+# Another Python: PYTHON=python3.12 make demo
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test install lab export readme notebooks weights
+
+help:
+	@echo 'make demo       draw 16 image-text pairs with the shipped model and read them back (writes demo/pairs.png)'
+	@echo 'make test       run every test: the package, the repository, each notebook'
+	@echo 'make install    only set up: a virtual environment in $(VENV) with the versions of constraints.txt'
+	@echo 'make lab        open the notebooks in JupyterLab'
+	@echo
+	@echo 'For those who change something:'
+	@echo 'make export     write jointgen/*.py from the notebooks'
+	@echo 'make notebooks  run every notebook from top to bottom and save it'
+	@echo 'make readme     write README.md from nbs/index.ipynb'
+	@echo 'make weights    train again what is shipped in jointgen/weights'
+	@echo
+	@echo 'Another Python than $(PYTHON): PYTHON=python3.12 make demo (3.10 or newer)'
+
+demo: install
+	@$(PY) -m jointgen.cli demo
+
+test: install
+	$(PY) -m pytest
+
+install: $(STAMP)
+
+lab: install
+	$(PY) -m jupyterlab nbs/index.ipynb
+
+export: install
+	$(VENV)/bin/nbdev_export
+
+readme: install
+	$(PY) -m jointgen.dev readme
+
+notebooks: install
+	$(PY) -m jointgen.dev refresh nbs/*.ipynb
+
+weights: install
+	$(PY) -m jointgen.cli train reader --side 32 --out jointgen/weights
+	$(PY) -m jointgen.cli train reader --side 64 --out jointgen/weights
+	$(PY) -m jointgen.cli train mxq-vae --preset tutorial --out runs/mxq-vae
+	$(PY) -m jointgen.cli evaluate mxq-vae --out runs/mxq-vae
+
+$(STAMP): constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'pass' || { echo '$(PYTHON) does not run: install Python 3.10 or newer, or name one: PYTHON=python3.12 make ...'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "$$($(PYTHON) --version 2>&1) is too old, Python 3.10 or newer fits: name one with PYTHON=python3.12 make ..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo '$(PYTHON) cannot make virtual environments: on Debian and Ubuntu, sudo apt install python3-venv'; exit 1; }
+	@echo 'Setting up $(VENV) (once, a few minutes, about 3 GB on Linux) ...'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
