@@ -1,0 +1,300 @@
+"""The nearest code against float64, at awkward shapes, ties, scales and bad input."""
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jointgen.kernels import nearest_code as module
+from jointgen.kernels.nearest_code import code_statistics, nearest_code, sum_by_code, update_codebook_
+
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'))]
+SIZES_N, SIZES_K, SIZES_D = (0, 1, 2, 127, 128, 129, 1823), (1, 2, 63, 64, 65, 781), (1, 3, 16, 24, 64, 96, 100, 257)
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def double_loop(z, codebook):
+    "The definition, in Python."
+    rows, codes = z.double().tolist(), codebook.double().tolist()
+    distance = lambda a, b: sum((x - y)**2 for x, y in zip(a, b))
+    return torch.tensor([min(range(len(codes)), key=lambda j: (distance(r, codes[j]), j)) for r in rows])
+
+
+def equal(z, codebook, **kwargs):
+    return torch.equal(nearest_code(z, codebook, **kwargs), nearest_code(z, codebook, backend='reference'))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('d', SIZES_D)
+def test_shapes(d, device):
+    for n, k in itertools.product(SIZES_N, SIZES_K):
+        z, codebook = random(n, d).to(device), random(k, d, seed=1).to(device)
+        codes = nearest_code(z, codebook)
+        assert codes.shape == (n,) and codes.dtype == torch.int64 and codes.device == z.device
+        assert equal(z, codebook), (n, k, d)
+
+
+def test_reference_is_a_double_loop():
+    z, codebook = random(40, 5), random(17, 5, seed=1)
+    assert nearest_code(z, codebook, backend='reference').tolist() == double_loop(z, codebook).tolist()
+
+
+def test_leading_axes_and_views():
+    z, codebook = random(6, 7, 12), random(33, 12, seed=1)
+    flat = nearest_code(z.reshape(42, 12), codebook)
+    assert torch.equal(nearest_code(z, codebook), flat.reshape(6, 7))
+    assert nearest_code(z[0, 0], codebook).shape == ()
+    wide = random(42, 30)
+    for view in (z.permute(1, 0, 2), wide[:, 5:17], wide.T[:12].T, wide[:1, :12].expand(9, 12), wide[::3, :12]):
+        assert torch.equal(nearest_code(view, codebook), nearest_code(view.clone(), codebook))
+    assert torch.equal(nearest_code(z, codebook.T.contiguous().T), flat.reshape(6, 7))
+
+
+def test_row_stride_beyond_int32():
+    storage = torch.empty(2**31 + 128)
+    z = storage.as_strided((3, 8), (2**30, 1))
+    z.copy_(random(3, 8))
+    assert torch.equal(nearest_code(z, random(70, 8, seed=1)), nearest_code(random(3, 8), random(70, 8, seed=1)))
+
+
+@pytest.mark.parametrize('precision', ['exact', 'fast'])
+def test_ties_take_the_lowest_index(precision):
+    codebook = random(200, 16).repeat(3, 1)
+    codes = nearest_code(random(500, 16, seed=1), codebook, precision=precision)
+    assert codes.max() < 200
+    assert nearest_code(random(50, 16), torch.ones(130, 16), precision=precision).eq(0).all()
+    grid = torch.tensor([[x, y] for x in range(-8, 8, 2) for y in range(-8, 8, 2)], dtype=torch.float32)
+    between = torch.tensor([[x, y] for x in range(-8, 7) for y in range(-8, 7)], dtype=torch.float32)
+    assert torch.equal(nearest_code(between, grid, precision=precision), double_loop(between, grid))
+
+
+def test_a_row_equal_to_a_code():
+    codebook = random(300, 24)
+    assert torch.equal(nearest_code(codebook, codebook), torch.arange(300))
+
+
+@pytest.mark.parametrize('k,d', [(256, 128), (1024, 256), (8192, 64)])
+def test_fresh_codebook(k, d):
+    codebook = (torch.rand(k, d, generator=torch.Generator().manual_seed(0))*2 - 1)/k
+    assert equal(random(1024, d), codebook)
+
+
+def test_far_from_zero():
+    z, codebook = random(1500, 32) + 10, random(400, 32, seed=1) + 10
+    assert equal(z, codebook)
+    assert (nearest_code(z, codebook, precision='fast') != nearest_code(z, codebook)).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1e-20, 1e-6, 1e6, 1e15, 1e30])
+@pytest.mark.parametrize('precision', ['exact', 'fast'])
+def test_scales(scale, precision):
+    z, codebook = random(300, 8), random(70, 8, seed=1)
+    wrong = nearest_code(z*scale, codebook*scale, precision=precision) != nearest_code(z*scale, codebook*scale, backend='reference')
+    assert wrong.sum() <= (0 if precision == 'exact' else 1)
+
+
+def test_rows_and_codes_of_very_different_size():
+    z, codebook = random(100, 8), random(70, 8, seed=1)
+    for a, b in ((1e18, 1e-18), (1e-18, 1e18), (1e25, 1.), (1., 1e25)): assert equal(z*a, codebook*b)
+    one_far = codebook.clone()
+    one_far[3] = 1e12
+    assert equal(z, one_far)
+
+
+@pytest.mark.parametrize('precision,backend', [('exact', 'auto'), ('fast', 'auto'), ('exact', 'reference')])
+def test_nan_and_inf(precision, backend):
+    z, codebook = random(600, 8), random(70, 8, seed=1)
+    find = lambda z, codebook: nearest_code(z, codebook, precision=precision, backend=backend)
+    clean = find(z, codebook)
+    bad = z.clone()
+    bad[5, 2], bad[6], bad[7, 1], bad[8, 1] = torch.nan, torch.nan, torch.inf, -torch.inf
+    codes = find(bad, codebook)
+    assert codes[5:9].eq(0).all()
+    assert torch.equal(torch.cat([codes[:5], codes[9:]]), torch.cat([clean[:5], clean[9:]]))
+    broken = codebook.clone()
+    broken[clean[0], 3] = torch.nan
+    broken[clean[1], 3] = torch.inf
+    codes = find(z, broken)
+    assert not torch.isin(codes, torch.stack([clean[0], clean[1]])).any()
+    keep = ~torch.isin(clean, torch.stack([clean[0], clean[1]]))
+    assert torch.equal(codes[keep], clean[keep])
+    assert find(z, torch.full((70, 8), torch.nan)).eq(0).all()
+    assert find(torch.full((9, 8), torch.nan), codebook).eq(0).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    z, codebook = random(700, 24).to(dtype), random(90, 24, seed=1)
+    assert equal(z, codebook) and equal(z, codebook.to(dtype)) and equal(z.float(), codebook.to(dtype))
+
+
+def test_float64_is_read_in_full():
+    codebook = torch.tensor([[1.], [1. + 2e-12]], dtype=torch.float64)
+    assert nearest_code(torch.tensor([[1 + 0.9e-12], [1 + 1.1e-12]], dtype=torch.float64), codebook).tolist() == [0, 1]
+
+
+def test_certificate_near_a_bisector():
+    n, d = 24, 32
+    a, b = random(n, d, dtype=torch.float64), random(n, d, seed=1, dtype=torch.float64)
+    codebook = torch.cat([a, b]).float()
+    for delta in [10.**-i for i in range(1, 13)] + [0.]:
+        for sign in (1, -1):
+            middle = (codebook[:n].double() + codebook[n:].double())/2
+            z = middle + sign*delta*(codebook[n:].double() - codebook[:n].double())
+            assert equal(z, codebook) and equal(z.float(), codebook)
+
+
+def test_share_of_rechecked_rows(monkeypatch):
+    rows = []
+    original = module.recheck
+    monkeypatch.setattr(module, 'recheck', lambda z, c, near: rows.append(len(z)) or original(z, c, near))
+    nearest_code(random(4096, 64), random(1024, 64, seed=1))
+    assert 0 < sum(rows) < 0.05*4096
+
+
+def test_reduced_precision_products_stay_exact():
+    z, codebook = random(500, 64), random(300, 64, seed=1)
+    torch.set_float32_matmul_precision('medium')
+    try:
+        assert module.product_rounding(z.device) > 0
+        assert equal(z, codebook)
+    finally: torch.set_float32_matmul_precision('highest')
+    assert module.product_rounding(z.device) == 0
+
+
+def test_autocast_and_gradients_are_ignored():
+    z, codebook = random(500, 64).requires_grad_(), random(300, 64, seed=1).requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16): codes = nearest_code(z, codebook)
+    assert torch.equal(codes, nearest_code(z, codebook, backend='reference')) and not codes.requires_grad
+
+
+def test_inputs_are_left_alone():
+    z, codebook = random(500, 8), random(80, 8, seed=1)
+    before = z.clone(), codebook.clone()
+    nearest_code(z, codebook)
+    assert torch.equal(z, before[0]) and torch.equal(codebook, before[1])
+
+
+class Largest(TorchDispatchMode):
+    "Remember the size of the largest tensor made."
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in (out if isinstance(out, (tuple, list)) else [out]):
+            if torch.is_tensor(x): self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize('precision', ['exact', 'fast'])
+def test_memory(precision):
+    n, d, k = 2**14, 16, 2**13
+    with Largest() as largest: nearest_code(random(n, d), random(k, d, seed=1), precision=precision)
+    assert largest.bytes <= 512*k*4 < n*k*4/16
+
+
+def test_duplicates_stay_within_memory():
+    with Largest() as largest: codes = nearest_code(random(600, 64), random(1, 64).expand(4096, 64))
+    assert codes.eq(0).all() and largest.bytes <= 2**25
+
+
+def test_errors():
+    z, codebook = random(4, 3), random(5, 3)
+    for bad in ((z, codebook[:0]), (z, codebook[0]), (z[:, :2], codebook), (z.long(), codebook), (z, codebook.long()), (torch.tensor(1.), codebook),
+                (z, codebook[:, :0]), (z, codebook.to('meta'))):
+        with pytest.raises(ValueError): nearest_code(*bad)
+    with pytest.raises(ValueError, match='precision'): nearest_code(z, codebook, precision='best')
+    with pytest.raises(ValueError, match='triton'): nearest_code(z, codebook, backend='triton')
+    with pytest.raises(ValueError, match='backend'): nearest_code(z, codebook, backend='numpy')
+
+
+def test_environment_is_read_at_call_time(monkeypatch):
+    z, codebook = random(4, 3), random(5, 3)
+    calls = []
+    original = module.nearest_code_reference
+    monkeypatch.setattr(module, 'nearest_code_reference', lambda *a: calls.append(1) or original(*a))
+    nearest_code(z, codebook)
+    assert not calls
+    monkeypatch.setenv('JOINTGEN_BACKEND', 'reference')
+    nearest_code(z, codebook)
+    assert calls
+    monkeypatch.setenv('JOINTGEN_BACKEND', 'triton')
+    with pytest.raises(ValueError, match='triton'): nearest_code(z, codebook)
+    with pytest.raises(ValueError, match='triton'): code_statistics(z, torch.zeros(4, dtype=torch.long), 5)
+    nearest_code(z, codebook, backend='reference')
+
+
+def test_import_needs_only_torch():
+    code = ('import importlib.util, sys; [sys.modules.__setitem__(m, None) for m in ("triton", "jaxtyping", "einops", "fastcore", "numpy")];'
+            f'spec = importlib.util.spec_from_file_location("m", {module.__file__!r}); m = importlib.util.module_from_spec(spec);'
+            'sys.modules["m"] = m; spec.loader.exec_module(m); import torch; print(m.nearest_code(torch.eye(3), torch.eye(3)).tolist())')
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert run.stdout.strip() == '[0, 1, 2]', run.stderr
+
+
+@pytest.mark.parametrize('kind', ['uniform', 'zipf', 'one'])
+@pytest.mark.parametrize('device', DEVICES)
+def test_statistics(kind, device):
+    n, d, k = 5000, 24, 300
+    z, draw = random(n, d), torch.Generator().manual_seed(2)
+    codes = {'uniform': torch.randint(0, k, (n,), generator=draw), 'one': torch.full((n,), 7),
+             'zipf': torch.multinomial(1/torch.arange(1., k + 1), n, True, generator=draw)}[kind]
+    counts, sums = (x.cpu() for x in code_statistics(z.to(device), codes.to(device), k))
+    exact = torch.zeros(k, d, dtype=torch.float64).index_add_(0, codes, z.double())
+    assert counts.dtype == sums.dtype == torch.float32
+    assert torch.equal(counts, torch.bincount(codes, minlength=k).float())
+    assert (sums - exact).abs().max() < 1e-6*z.abs().sum(0).max()
+    again = code_statistics(z.to(device), codes.to(device), k)
+    assert torch.equal(sums, again[1].cpu())
+    assert torch.allclose(sum_by_code(z, codes, counts.long()), sums, atol=1e-3)
+
+
+def test_statistics_shapes_and_errors():
+    z, codes = random(2, 3, 4), torch.tensor([[0, 1, 1], [2, 2, 2]])
+    counts, sums = code_statistics(z, codes, 5)
+    assert counts.tolist() == [1, 2, 3, 0, 0] and sums.shape == (5, 4)
+    assert torch.allclose(sums[1], z[0, 1] + z[0, 2])
+    counts, sums = code_statistics(z[:0], codes[:0], 5)
+    assert counts.tolist() == [0]*5 and sums.eq(0).all()
+    assert code_statistics(z.bfloat16(), codes, 5)[1].dtype == torch.float32
+    for bad in (codes[0], codes + 3, codes - 1):
+        with pytest.raises(ValueError): code_statistics(z, bad, 5)
+
+
+def averages(k=4, d=3):
+    codebook = random(k, d)
+    return codebook, torch.ones(k), codebook.clone()
+
+
+def test_average_is_the_formula():
+    codebook, counts, sums = averages()
+    before = codebook.clone()
+    z, codes = random(9, 3, seed=1), torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 3])
+    update_codebook_(codebook, counts, sums, *code_statistics(z, codes, 4), decay=0.9)
+    for j, n in ((0, 3), (1, 5), (3, 1)):
+        mean = (0.9*before[j] + 0.1*z[codes == j].sum(0))/(0.9 + 0.1*n)
+        assert torch.allclose(codebook[j], mean, atol=1e-6)
+    assert torch.equal(codebook[2], before[2])
+    assert torch.allclose(counts, torch.tensor([1.2, 1.4, 0.9, 1.]))
+
+
+def test_average_limits():
+    z, codes = random(9, 3, seed=1), torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 3])
+    for decay in (0., 1.):
+        codebook, counts, sums = averages()
+        before = codebook.clone()
+        update_codebook_(codebook, counts, sums, *code_statistics(z, codes, 4), decay=decay)
+        wanted = before if decay else torch.stack([z[codes == j].mean(0) if j != 2 else before[2] for j in range(4)])
+        assert torch.allclose(codebook, wanted, atol=1e-6)
+    codebook, counts, sums = averages()
+    before = codebook.clone()
+    for _ in range(4000): update_codebook_(codebook, counts, sums, torch.zeros(4), torch.zeros(4, 3), decay=0.9)
+    assert torch.equal(codebook, before)
+    update_codebook_(codebook, counts, sums, *code_statistics(z, codes, 4), decay=0.9)
+    assert torch.allclose(codebook[1], z[codes == 1].mean(0), atol=1e-5)
