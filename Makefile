@@ -6,6 +6,9 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
+# threads that wait sleep: on a busy machine everything else is many times slower
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test install lab export readme notebooks weights
 
@@ -47,7 +50,13 @@ weights: install
 	$(PY) -m jointgen.cli train reader --side 32 --out jointgen/weights
 	$(PY) -m jointgen.cli train reader --side 64 --out jointgen/weights
 	$(PY) -m jointgen.cli train mxq-vae --preset tutorial --out runs/mxq-vae
+	cp runs/mxq-vae/mxq_vae.json runs/mxq-vae/mxq_vae.safetensors jointgen/weights/
 	$(PY) -m jointgen.cli evaluate mxq-vae --out runs/mxq-vae
+	cp runs/mxq-vae/evaluation.json nbs/results/mxq_vae.json
+	cp runs/mxq-vae/mxq_vae_log.json nbs/results/
+	$(PY) -m jointgen.cli demo --out runs/demo
+	cp runs/demo/pairs.png nbs/images/mxq_pairs.png
+	$(PY) -c "from jointgen.recipes.mxq_vae import compare_starts; compare_starts('nbs/results/starts.json')"
 
 $(STAMP): constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'pass' || { echo '$(PYTHON) does not run: install Python 3.10 or newer, or name one: PYTHON=python3.12 make ...'; exit 1; }

@@ -21,6 +21,7 @@ def score_samples(
     reader:Reader,
 )->dict:               # nested: scores of the samples, each beside the same of real pairs
     "Hold samples against real pairs."
+    if len(drawn) < 2: raise ValueError(f'{len(drawn)} samples came, scores need 2 or more: draw more, or ask for all subsets')
     if len(real) < 2*len(drawn): raise ValueError(f'{len(real)} real pairs came for {len(drawn)} samples: give at least {2*len(drawn)}')
     n, vocab = len(drawn), real.vocab
     half, said, wanted = real[:n], vocab.decode(drawn.tokens), vocab.decode(real.tokens)
@@ -45,7 +46,7 @@ def frechet_distances(
     both = lambda part: dict(samples=frechet_distance(a[:, part], b[:, part]), floor=frechet_distance(a[:, part], c[:, part]))
     return dict(picture=both(slice(0, cut)), joint=both(slice(None)))
 
-# %% ../nbs/34_scores.ipynb #34014
+# %% ../nbs/34_scores.ipynb #34015
 def score_reconstructions(
     back:Pairs,
     truth:Pairs,
@@ -59,7 +60,7 @@ def score_reconstructions(
     return dict({name: pair_consistency(p, vocab, reader) for name, p in parts.items()}, captions_unchanged=exact,
         mse=(back.image - truth.image).square().mean().item())
 
-# %% ../nbs/34_scores.ipynb #34017
+# %% ../nbs/34_scores.ipynb #34018
 def of_subsets(
     pairs:Pairs,
     names,         # of subsets; None keeps all
