@@ -79,7 +79,7 @@ def sweep(
 
 def temperature_sweep(
     model,                   # can `sample_pairs`, with a temperature
-    temperatures:Sequence[float]=(0.25, 0.5, 0.75, 1., 1.25, 1.5),
+    temperatures:Sequence[float]=(0.25, 0.5, 0.75, 1., 1.5),
     n:int=96,                # pairs a temperature
     seed:int=0,
     *,
