@@ -28,7 +28,7 @@ class TextByConvolution(nn.Module):
         joint_split:bool=True,   # let the text see the image codes
         width:int=32,            # of a word
         hidden:int=32,           # rows of the splitter's inner layer
-        widths:tuple=(48, 64, 80, 96),
+        widths:tuple|list=(48, 64, 80, 96),
     ):
         super().__init__()
         self.n_text, n, sizes = n_text, n_image + n_text, (len(vocab), vocab.max_len, n_text, d)

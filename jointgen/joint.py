@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy, torch
 from jaxtyping import Float
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from . import __version__
@@ -167,7 +167,7 @@ def save_model(
     facts = dict(device=str(next(model.parameters()).device), versions=versions) | facts
     try:
         whole[0].parent.mkdir(parents=True, exist_ok=True)
-        save_file(shrink(tensors, dtype), halves[0])
+        halves[0].write_bytes(save(shrink(tensors, dtype)))  # save_file would hide the file from other users
         about = dict(kind=kind, **model_identity(model), vocab=None if vocab is None else vocab.to_dict(), extra=extra,
                      **file_facts(halves[0]), facts=facts)
         halves[1].write_text(json.dumps(about, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')

@@ -23,6 +23,7 @@ def hide_patches(
     generator:torch.Generator|None=None,
 )->tuple[Images, Bool[Tensor, "b p p"]]:  # masked pictures, and which patches are hidden
     "Set distinct random patches to 0, the middle of the value range (MXQ-VAE, input masking)."
+    if not 0 <= ratio <= 1: raise ValueError(f'ratio is {ratio}: give a share of the patches, in [0, 1]')
     rank = torch.rand(len(image), patches**2, generator=generator).argsort(1).argsort(1).to(image.device)
     mask = rearrange(rank < int(ratio*patches**2), 'b (p q) -> b p q', p=patches)
     return image*(1 - F.interpolate(mask[:, None].to(image), image.shape[-2:])), mask
@@ -37,6 +38,7 @@ def hide_words(
     generator:torch.Generator|None=None,
 )->tuple[Tokens, Bool[Tensor, "b t"]]:   # masked tokens, and which are hidden
     "Replace distinct random tokens of each caption (MXQ-VAE, input masking)."
+    if not 0 <= ratio <= 1: raise ValueError(f'ratio is {ratio}: give a share of the tokens, in [0, 1]')
     there = tokens != PAD
     noise = torch.rand(tokens.shape, generator=generator).to(tokens.device).masked_fill(~there, 2.)
     mask = noise.argsort(1).argsort(1) < (ratio*there.sum(1, keepdim=True)).long()

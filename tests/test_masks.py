@@ -55,3 +55,9 @@ def test_inputs_stay_as_they_are_and_a_generator_decides():
     b = hide_patches(image, 0.3, generator=generator(1))[0], hide_words(tokens, 0.3, vocab_size=20, generator=generator(1))[0]
     assert torch.equal(image, before[0]) and torch.equal(tokens, before[1])
     assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1])
+def test_a_ratio_is_a_share(ratio):
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"): hide_patches(torch.ones(2, 3, 16, 16), ratio)
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"): hide_words(torch.full((2, 5), 9), ratio, vocab_size=20)

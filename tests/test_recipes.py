@@ -71,3 +71,21 @@ def test_the_committed_results_meet_their_claims():
     assert report["samples"]["parsed"] >= 0.97 and report["largest_gap_of_mix"] <= 0.07
     assert report["degree"]["caption_edited"]["deviation"] <= 0.10 and report["degree"]["caption_edited"]["monotone"]
     assert report["codes"]["all"]["share"] >= 0.70
+
+
+def test_switches_and_codes_out_of_range(trained):
+    from jointgen.models.mxq_vae import MXQVAE
+    _, model = trained
+    for wrong in (dict(mask_ratio=1.5), dict(mask_ratio=-1.), dict(fusion=-1)):
+        with pytest.raises(ValueError, match="0 or more layers"): MXQVAE(model.vocab, **wrong)
+    with pytest.raises(ValueError, match="has 0 to 31"): model.decode(torch.full((1, model.n), 32))
+    assert len(model.sample_pairs(2, temperature=0, top_p=1)) == 2
+
+
+def test_the_convolutional_path_survives_saving(trained, tmp_path):
+    from jointgen.joint import save_model
+    from jointgen.models.mxq_vae import MXQVAE
+    model = MXQVAE(trained[1].vocab, text="convolution", text_sizes=dict(widths=(8, 8, 8, 8)), d=16, k=16, prior=dict(d=16, layers=1, heads=2)).eval()
+    loaded = load_model(save_model(model, tmp_path / "m"))
+    codes = torch.randint(0, 16, (2, model.n))
+    assert torch.equal(loaded.decode(codes).tokens, model.decode(codes).tokens)

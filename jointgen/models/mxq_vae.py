@@ -43,6 +43,7 @@ class MXQVAE(JointModel):
         super().__init__(vocab, side=side, fusion=fusion, shared_codebook=shared_codebook, joint_split=joint_split, mask_ratio=mask_ratio, **s)
         if set(sizes) - set(SIZES): raise ValueError(f'{min(set(sizes) - set(SIZES))!r} is no size of MXQVAE: use {", ".join(SIZES)}')
         self.sizes, factor, d, n_text, books = s, 2**len(s['widths']), s['d'], s['n_text'], 1 if shared_codebook else 2
+        if not (0 <= mask_ratio <= 1 and fusion >= 0): raise ValueError(f'mask_ratio={mask_ratio}, fusion={fusion}: give a share in [0, 1], and 0 or more layers')
         if side < 16 or side % factor or side % s['patches']: raise ValueError(f'side is {side}: give a multiple of {factor} and of {s["patches"]}, 16 or more')
         self.side, self.grid, self.mask_ratio = side, side//factor, mask_ratio
         self.n_image, self.n, self.k = self.grid**2, self.grid**2 + n_text, books*s['k']
@@ -123,7 +124,8 @@ def turns(self:MXQVAE,
     target, logits = pairs.tokens[:, 1:], self.text.logits(z_hat, pairs.tokens).float()
     nll = F.cross_entropy(logits.transpose(1, 2), target, ignore_index=PAD)
     right = (logits.argmax(-1) == target)[target != PAD].float().mean()
-    yield Turn('autoencoder', self.sizes['image_weight']*mse + nll + commitment, dict(mse=mse, nll=nll, commitment=commitment, words=right))
+    loss = self.sizes['image_weight']*mse + nll + commitment
+    yield Turn('autoencoder', loss, dict(mse=mse, nll=nll, commitment=commitment, words=right))
     self.trained += 1
     self.move_codebooks_(z.detach().float(), codes)
 
@@ -168,6 +170,7 @@ def decode(self:MXQVAE,
 )->Pairs:
     "Return the pairs that codes stand for."
     if codes.shape[1] != self.n: raise ValueError(f'codes have length {codes.shape[1]}, the model reads {self.n}: give whole sequences')
+    if codes.numel() and not 0 <= codes.min() <= codes.max() < self.k: raise ValueError(f'codes run from {codes.min()} to {codes.max()}, the model has 0 to {self.k - 1}')
     z = [self.lookup(c) for c in codes.split(batch_size)]
     return Pairs.cat([Pairs(self.paint(e).clamp(-1, 1), self.text.write(e), self.vocab) for e in z])
 
@@ -193,9 +196,9 @@ def sample_pairs(self:MXQVAE,
     n:int,
     *,
     generator:torch.Generator|None=None,
-    temperature:float=1.,                 # below 1 sharper
+    temperature:float|int=1.,             # below 1 sharper
     top_k:int|None=None,                  # draw among this many best codes
-    top_p:float|None=None,                # draw among the best codes that hold this mass
+    top_p:float|int|None=None,            # draw among the best codes that hold this mass
     batch_size:int=256,
 )->Pairs:
     "Draw pairs out of nothing: codes from the prior, then both decoders."
