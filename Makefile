@@ -57,6 +57,7 @@ weights: install
 	$(PY) -m jointgen.cli demo --out runs/demo
 	cp runs/demo/pairs.png nbs/images/mxq_pairs.png
 	$(PY) -c "from jointgen.recipes.mxq_vae import compare_starts; compare_starts('nbs/results/starts.json')"
+	$(PY) -c "from jointgen.recipes.mxq_vae import ablate; ablate('nbs/results/ablations.json')"
 
 $(STAMP): constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'pass' || { echo '$(PYTHON) does not run: install Python 3.10 or newer, or name one: PYTHON=python3.12 make ...'; exit 1; }
