@@ -48,7 +48,7 @@ notebooks: install
 
 weights: install
 	$(PY) -m jointgen.cli train reader --side 32 --out jointgen/weights
-	$(PY) -m jointgen.cli train reader --side 64 --out jointgen/weights
+	$(PY) -m jointgen.cli train reader --side 64 --steps 400 --out jointgen/weights
 	$(PY) -m jointgen.cli train mxq-vae --preset tutorial --out runs/mxq-vae
 	cp runs/mxq-vae/mxq_vae.json runs/mxq-vae/mxq_vae.safetensors jointgen/weights/
 	$(PY) -m jointgen.cli evaluate mxq-vae --out runs/mxq-vae

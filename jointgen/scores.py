@@ -6,9 +6,6 @@
 __all__ = ['score_samples', 'frechet_distances', 'score_reconstructions', 'of_subsets']
 
 # %% ../nbs/34_scores.ipynb #34003
-import torch
-from torch import Tensor
-
 from .metrics import (Reader, caption_diversity, caption_slots, duplicates, frechet_distance, joint_features, pair_consistency, reader_features,
     slot_consistency, subset_mix, subset_of)
 from .pairs import Pairs

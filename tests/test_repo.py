@@ -125,8 +125,7 @@ def test_budgets(path):
     if not 2 <= round(words, 1) <= 6: over.append(f"{words:.1f} words a code line, 2 to 6 fits")
     if checks < 2 * exports: over.append(f"{checks} checks for {exports} exported cells, two each fits")
     if count(r"^ *print\(") > max(1, total / 100): over.append(f"{count('^ *print')} prints, one in 100 lines fits")
-    shows_little = path.stem[:2] in ("28", "30")  # files and types
-    if 20 <= int(path.stem[:2]) <= 52 and not shows_little and pictures < total // 50: over.append(f"{pictures} pictures, {total // 50} fits")
+    if 20 <= int(path.stem[:2]) <= 52 and pictures < total // 50: over.append(f"{pictures} pictures, {total // 50} fits")
     if path.stat().st_size > 2**20: over.append("larger than 1 MB")
     assert not over, over
 

@@ -134,7 +134,7 @@ def evaluate(
     subsets=None,            # only pairs of these kinds
 )->dict:                     # nested: settings, samples, reconstructions, codes, degree tests
     "Score samples, reconstructions and codes, each beside what real pairs score."
-    device, reader, side, vocab = model.place.device, load_reader(model.side), model.side, model.vocab
+    device, reader, side = model.place.device, load_reader(model.side), model.side
     controls = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     drawn = of_subsets(model.sample_pairs(n, generator=torch.Generator().manual_seed(seed), **controls).to('cpu'), subsets)
     real, seen = captioned_digits(2*n, 'test', side, subsets, seed).pairs, captioned_digits(20_000, 'train', side).pairs
