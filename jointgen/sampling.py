@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['controls', 'draw_pairs', 'draw_scores', 'sweep', 'temperature_sweep', 'continue_codes', 'code_nats', 'crossover',
-           'GivenCaptions']
+           'GivenCaptions', 'drawable']
 
 # %% ../nbs/50_sampling.ipynb #50003
 import inspect
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .digits import SUBSETS
+from .digits import SUBSETS, captioned_digits
 from .joint import capabilities
 from .metrics import Reader, caption_diversity, load_reader, pair_consistency, reader_features, subset_mix
 from .pairs import Codes, Pairs
@@ -155,3 +155,11 @@ class GivenCaptions:
         tokens = self.tokens[torch.randint(len(self.tokens), (n,), generator=generator, device=where).cpu()]
         if isinstance(self.model, nn.Module): tokens = tokens.to(next(self.model.parameters()).device)
         return Pairs(self.model.text_to_image(tokens, generator=generator, **options), tokens, self.vocab)
+
+# %% ../nbs/50_sampling.ipynb #50044
+def drawable(
+    model,     # has `sample_pairs`, or `text_to_image`
+):             # the model itself, or `GivenCaptions` of 1,000 held-out captions
+    "Make a model draw pairs, by itself or from captions of data."
+    if capabilities(model)['sample_pairs']: return model
+    return GivenCaptions(model, captioned_digits(1000, 'test', seed=1).captions)

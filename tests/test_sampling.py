@@ -10,7 +10,7 @@ from jointgen.joint import JointModel, SamplesPairs, capabilities
 from jointgen.metrics import load_reader, pair_consistency
 from jointgen.models.mxq_vae import MXQVAE
 from jointgen.pairs import Pairs
-from jointgen.sampling import GivenCaptions, code_nats, continue_codes, controls, crossover, draw_pairs, draw_scores, sweep, temperature_sweep
+from jointgen.sampling import GivenCaptions, code_nats, continue_codes, controls, crossover, draw_pairs, draw_scores, drawable, sweep, temperature_sweep
 
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)
@@ -191,6 +191,15 @@ def test_given_captions_draws_pairs_from_captions_of_data(data, reader):
     assert equal(drawn, draw_pairs(painter, 100, seed=2))
     scores = [draw_scores(draw_pairs(painter, 200, seed=2, slip=slip), reader)['consistency'] for slip in (0., .5, 1.)]
     assert scores[0] > .97 > .7 > scores[1] > .3 > .1 > scores[2]
+
+
+def test_any_model_that_paints_can_draw_pairs(data, model, reader):
+    assert drawable(model) is model
+    painter = drawable(Painter(data.vocab))
+    assert isinstance(painter, GivenCaptions) and len(painter.tokens) == 1000
+    held_out = set(captioned_digits(1000, 'test', seed=1).captions)
+    assert set(draw_pairs(painter, 40).captions) <= held_out
+    with pytest.raises(ValueError, match='paints no captions'): drawable(reader)
 
 
 def test_what_needs_no_given_captions_is_refused(data, model, reader):

@@ -7,7 +7,7 @@ import torch
 
 from jointgen.digits import captioned_digits, digit_vocab
 from jointgen.pairs import Pairs
-from jointgen.widgets import Newest, Sampler, control_names, draw_request, judge, make_controls, other_temperature, request_png, sampler
+from jointgen.widgets import Newest, Sampler, control_names, draw_request, judge, make_controls, other_temperature, request_png, sampler, ways
 
 
 class Copycat:
@@ -42,19 +42,51 @@ class Painter(torch.nn.Linear):
         return torch.rand(len(tokens), 3, 32, 32, generator=generator)
 
 
-REQUEST = dict(model="m", n=3, seed=1, temperature=1., top_k=0, caption="this is red 3.")
+class Parrot(Painter):
+    """Two ways: paints noise, and says one of two things of any picture."""
+
+    def image_to_text(self, image, *, generator=None, temperature=1.):
+        said = self.vocab.encode(["this is red 3.", "this is blue 8."])
+        return said[(torch.rand(len(image), generator=generator) < temperature / 2).long()]
+
+
+REQUEST = dict(model="m", n=3, seed=1, temperature=1., top_k=0, caption="this is red 3.", picture=4)
 
 
 def test_controls_follow_the_model():
     assert control_names(Copycat()) == ["n", "seed", "temperature", "top_k"]
     assert control_names(Slow()) == ["n", "seed", "temperature"]
     assert control_names(Painter()) == ["n", "seed", "caption"]
-    with pytest.raises(ValueError, match="draws no pictures"):
+    assert ways(Parrot()) == ["pictures", "captions"] and ways(Copycat()) == ["pairs"]
+    assert control_names(Parrot()) == ["way", "n", "seed", "caption"]
+    assert control_names(Parrot(), "captions") == ["way", "n", "seed", "picture", "temperature"]
+    with pytest.raises(ValueError, match="draws nothing"):
         control_names(torch.nn.Linear(2, 2))
-    assert set(control_names(Copycat())) | set(control_names(Painter())) < set(make_controls(["a"]))
+    assert set(control_names(Copycat())) | set(control_names(Parrot(), "captions")) < set(make_controls(["a"]))
 
 
-@pytest.mark.parametrize("model", [Copycat(), Slow(), Painter()])
+def test_captions_of_one_picture():
+    told = draw_request(Parrot(), REQUEST | dict(way="captions", n=8))
+    assert torch.equal(told.image, captioned_digits(5, "test").pairs.image[4:].repeat(8, 1, 1, 1))
+    assert set(told.captions) == {"this is red 3.", "this is blue 8."}
+    other = draw_request(Parrot(), REQUEST | dict(way="captions", n=8, seed=2))
+    assert other.captions != told.captions and torch.equal(other.image, told.image)
+    assert "picture=4" in request_png(Parrot(), REQUEST | dict(way="captions"))[1]
+
+
+def test_another_model_brings_its_ways():
+    box = sampler({"cat": Copycat(), "parrot": Parrot(), "painter": Painter()})
+    shown = lambda: {k for k, c in box.controls.items() if c.layout.display != "none"}  # noqa: E731
+    for model, way, names in ("parrot", "captions", {"way", "picture", "temperature"}), ("parrot", "pictures", {"way", "caption"}), \
+            ("cat", "pairs", {"temperature", "top_k"}), ("painter", "pictures", {"caption"}):
+        box.controls["model"].value = model
+        box.controls["way"].value = way
+        assert box.worker.wait(20) and shown() == {"model", "n", "seed"} | names
+        wanted = {k: c.value for k, c in box.controls.items()}
+        assert box.picture.value == request_png(box.models[model], wanted)[0]
+
+
+@pytest.mark.parametrize("model", [Copycat(), Slow(), Painter(), Parrot()])
 def test_a_request_decides_everything(model):
     a, _, c = (draw_request(model, REQUEST | dict(seed=s)) for s in (1, 2, 1))
     assert torch.equal(a.image, c.image) and torch.equal(a.tokens, c.tokens) and len(a) == 3 and a.vocab == model.vocab
@@ -125,10 +157,10 @@ def test_quick_presses_end_with_what_the_controls_say():
 def test_another_model_shows_its_controls_and_errors_are_told():
     box = sampler({"cat": Copycat(), "painter": Painter()})
     hidden = lambda: {k for k, c in box.controls.items() if c.layout.display == "none"}  # noqa: E731
-    assert hidden() == {"caption"}
+    assert hidden() == {"way", "picture", "caption"}
     box.controls["model"].value = "painter"
     box.worker.wait()
-    assert hidden() == {"temperature", "top_k"} and box.buttons["temperature"].layout.display == "none"
+    assert hidden() == {"way", "picture", "temperature", "top_k"} and box.buttons["temperature"].layout.display == "none"
     picture = box.picture.value
     box.controls["caption"].value = "a zebra"
     box.worker.wait()
