@@ -95,6 +95,7 @@ def test_what_a_notebook_stores(path):
     unchecked = [c for c in with_output if {"nbval-ignore-output", "nbval-skip"} & set(c["metadata"].get("tags", []))]
     assert len(unchecked) <= max(1, len(with_output) // 5), "too many unchecked outputs"
     assert len({c["id"] for c in notebook["cells"]}) == len(notebook["cells"]), "two cells with one id"
+    assert not [a["source"] for a, b in zip(notebook["cells"], notebook["cells"][1:]) if a["source"] == b["source"]], "a cell stands twice"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
