@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from jointgen.digits import captioned_digits, digit_vocab
+from jointgen.gallery import ways
 from jointgen.pairs import Pairs
-from jointgen.widgets import Newest, Sampler, control_names, draw_request, judge, make_controls, other_temperature, request_png, sampler, ways
+from jointgen.widgets import Newest, Sampler, control_names, draw_request, make_controls, other_temperature, request_png, sampler
 
 
 class Copycat:
@@ -93,13 +94,6 @@ def test_a_request_decides_everything(model):
     assert not torch.equal(a.image, draw_request(model, REQUEST | dict(seed=2)).image)
     png, said = request_png(model, REQUEST)
     assert png == request_png(model, REQUEST)[0] and png.startswith(b"\x89PNG") and "n=3 seed=1" in said
-
-
-def test_verdicts_only_where_the_reader_can_judge():
-    data = captioned_digits(20, "test").pairs
-    assert sum(judge(data)) >= 19
-    assert judge(captioned_digits(2, side=16).pairs) is None
-    assert judge(Pairs(data.image, data.tokens)) is None
 
 
 def test_temperatures_come_round():
