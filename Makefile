@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: help demo test install lab export readme notebooks weights
 
 help:
-	@echo 'make demo       draw 16 image-text pairs with the shipped model and read them back (writes demo/pairs.png)'
+	@echo 'make demo       let every shipped model draw 16 image-text pairs, and read them back (writes demo/)'
 	@echo 'make test       run every test: the package, the repository, each notebook'
 	@echo 'make install    only set up: a virtual environment in $(VENV) with the versions of constraints.txt'
 	@echo 'make lab        open the notebooks in JupyterLab'
@@ -55,7 +55,8 @@ weights: install
 	cp runs/mxq-vae/evaluation.json nbs/results/mxq_vae.json
 	cp runs/mxq-vae/mxq_vae_log.json nbs/results/
 	$(PY) -m jointgen.cli demo --out runs/demo
-	cp runs/demo/pairs.png nbs/images/mxq_pairs.png
+	cp runs/demo/mxq-vae/pairs.png nbs/images/mxq_pairs.png
+	for f in runs/demo/*/everything.png; do cp $$f nbs/images/gallery_$$(basename $$(dirname $$f)).png; done
 	$(PY) -c "from jointgen.recipes.mxq_vae import compare_starts; compare_starts('nbs/results/starts.json')"
 	$(PY) -c "from jointgen.recipes.mxq_vae import ablate; ablate('nbs/results/ablations.json')"
 

@@ -70,8 +70,43 @@ def test_help_does_not_load_torch():
 def test_demo(copycat):
     answer = run("demo", "--seed", 3)
     assert answer.exit_code == 0, answer.output
-    assert (copycat / "demo" / "pairs.png").read_bytes().startswith(b"\x89PNG")
-    assert answer.output.count(" agree ") >= 15 and "average" in answer.output and "jointgen sample mxq-vae" in answer.output
+    for name in shipped():  # every model, none by its name
+        assert (copycat / "demo" / name / "pairs.png").read_bytes() != (copycat / "demo" / name / "everything.png").read_bytes()
+        assert (copycat / "demo" / name / "report.txt").read_text().count(" agree ") >= 15 and f"{name}: 16 of 16" in answer.output
+    assert answer.output.count(" agree ") == 4 * len(shipped()) and "average" in answer.output and "jointgen sample" in answer.output
+
+
+def test_demo_of_what_cannot_be_judged(copycat, monkeypatch):
+    monkeypatch.setattr(Copycat, "word_order", False, raising=False)
+    answer = run("demo")
+    assert answer.exit_code == 0, answer.output
+    assert "agree" not in answer.output and (copycat / "demo" / shipped()[0] / "report.txt").read_text().count("\n") == 16
+
+
+class Both(Copycat):
+    """Paints black pictures, and tells one thing."""
+
+    def __init__(self):
+        self.parameters = lambda: iter([torch.zeros(1)])
+
+    def text_to_image(self, tokens, *, generator=None):
+        return -torch.ones(len(tokens), 3, 32, 32)
+
+    def image_to_text(self, image, *, generator=None, temperature=1.):
+        return self.vocab.encode(["this is red 3."] * len(image))
+
+
+def test_one_caption_or_one_picture(copycat, monkeypatch):
+    refused(run("sample", "mxq-vae", "--caption", "this is red 3."), "Copycat draws pairs, no pictures")
+    monkeypatch.setattr(jointgen.joint, "load", lambda name, device="cpu": Both())
+    for i, start in enumerate([("--caption", "this is blue 8."), ("--picture", 3)]):
+        assert run("sample", "mxq-vae", "--n", 3, *start, "--out", str(i)).exit_code == 0
+    assert (copycat / "0" / "captions.txt").read_text() == "this is blue 8.\n" * 3
+    told = load_file(copycat / "1" / "pairs.safetensors")["image"]
+    assert (told == told[0]).all() and told[0].max() > 100
+    refused(run("sample", "mxq-vae", "--caption", "this is a zebra."), "zebra")
+    refused(run("sample", "mxq-vae", "--caption", "this is red 3.", "--picture", 3), "leave one out")
+    refused(run("sample", "mxq-vae", "--caption", "this is red 3.", "--temperature", .5), "no temperature for pictures")
 
 
 def test_same_seed_same_bytes(copycat):
@@ -88,15 +123,6 @@ def test_same_seed_same_bytes(copycat):
 
 def test_options_that_a_model_lacks_are_refused(copycat):
     refused(run("sample", "mxq-vae", "--top-k", 5), "has no top_k", "temperature")
-
-
-def test_a_wrong_pair_is_told():
-    from jointgen.metrics import load_reader
-    pairs = captioned_digits(4, "test", subsets=["Quad1"]).pairs
-    pairs.tokens[0] = Copycat.vocab.encode(["this is red 3."])[0]
-    pairs.tokens[1] = torch.tensor([1, 5, 2] + [0] * (pairs.tokens.shape[1] - 3))
-    lines = cli.report_lines(pairs, load_reader(32))
-    assert sum("differ" in line for line in lines) == 2 and sum("cannot be read" in line for line in lines) == 1
 
 
 def test_own_weights_must_be_of_that_model(tmp_path, monkeypatch):
@@ -170,6 +196,44 @@ def test_tables_show_everything_once():
         assert text.count(number) == 1, text
 
 
+# --- bench
+
+
+def test_bench_help():
+    answer = run("bench", "--help")
+    assert answer.exit_code == 0 and "bench" in run("--help").output
+    for option in "--device", "--check / --no-check", "--quick", "--out":
+        assert option in answer.output
+
+
+def test_bench_passes_on_what_was_given(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr("jointgen.kernels.benchmark.bench_kernels", lambda **options: asked.update(options) or True)
+    assert run("bench", "kernels", "--quick", "--check", "--out", tmp_path / "k.json").exit_code == 0
+    assert asked["quick"] and asked["check"] and asked["out"] == tmp_path / "k.json" and asked["device"] == "cpu"
+    assert run("bench", "Kernels", "--no-check").exit_code == 0 and not asked["check"] and not asked["quick"]
+
+
+def test_bench_refuses(monkeypatch, copycat):
+    monkeypatch.setattr("jointgen.kernels.benchmark.bench_kernels", lambda **options: False)
+    refused(run("bench", "kernels"), "a kernel of this package was refused")
+    refused(run("bench", "kernles"), "unknown benchmark 'kernles'", "did you mean 'kernels'")
+    refused(run("bench"), "Missing argument")
+    refused(run("bench", "kernels", "--device", "gpu"), "'gpu' is not available")
+    (copycat / "file").write_text("in the way")
+    refused(run("bench", "kernels", "--out", copycat / "file" / "k.json"), "cannot be written")
+    refused(run("bench", "kernels", "--out", copycat), "is a directory")
+
+
+def test_bench_quick(tmp_path):
+    answer = run("bench", "kernels", "--quick", "--check", "--out", tmp_path / "new" / "k.json")
+    assert answer.exit_code == 0, answer.output
+    stored = json.loads((tmp_path / "new" / "k.json").read_text())
+    assert stored["checked"] and stored["quick"] and stored["device"]["type"] == "cpu" and "ceilings" in answer.output
+    for operation in "nearest code", "code statistics", "rotation gradient", "coupling, both":
+        assert operation in answer.output and any(r["operation"] == operation and r["ms"] > 0 for r in stored["rows"] if r["ours"])
+
+
 # --- errors
 
 
@@ -177,7 +241,7 @@ def test_suggestions():
     refused(run("trian", "mxq-vae"), "unknown command 'trian'", "did you mean 'train'")
     refused(run("sample", "mxqvae"), "unknown model 'mxqvae'", "did you mean 'mxq-vae'")
     refused(run("evaluate", "reader", "--subset", "qad2"), "unknown subset 'qad2'", "Quad")
-    refused(run("sample", "zzz"), "known are mxq-vae")
+    refused(run("sample", "zzz"), "known are", "mxq-vae")
 
 
 @pytest.mark.parametrize("arguments", [
@@ -216,4 +280,6 @@ def test_shipped_demo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     answer = run("demo")
     assert answer.exit_code == 0, answer.output
-    assert answer.output.count(" agree ") + answer.output.count(" differ ") == 16 and (tmp_path / "demo" / "pairs.png").exists()
+    for name in shipped():
+        report = (tmp_path / "demo" / name / "report.txt").read_text()
+        assert report.count(" agree ") + report.count(" differ ") == 16 and (tmp_path / "demo" / name / "everything.png").exists()
