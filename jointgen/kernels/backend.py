@@ -9,7 +9,6 @@ __all__ = ['GRID', 'KERNELS', 'NAMES', 'check_grid', 'has_triton', 'fused', 'int
 # %% ../../nbs/10_backends.ipynb #10004
 import os
 import sys
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -29,11 +28,12 @@ def check_grid(
         raise ValueError(f"{what} needs {' x '.join(map(str, programs))} programs, at most {' x '.join(map(str, GRID[:len(programs)]))} fit: split the batch")
 
 # %% ../../nbs/10_backends.ipynb #10038
-@cache
+try: TRITON = find_spec('triton') is not None
+except (ImportError, ValueError): TRITON = False  # an import that somebody blocked
+
 def has_triton()->bool:
     "Tell whether Triton is installed; it is not imported."
-    try: return find_spec('triton') is not None
-    except (ImportError, ValueError): return False  # an import that somebody blocked
+    return TRITON
 
 # %% ../../nbs/10_backends.ipynb #10041
 KERNELS = ('nearest_code', 'coupling', 'codebook')  # jointgen.kernels.triton_<name>
@@ -51,6 +51,7 @@ def fused(
 # %% ../../nbs/10_backends.ipynb #10044
 def interpreting()->bool:
     "Tell whether Triton kernels run in its interpreter: ask a loaded kernel, or else the variable that decides."
+    if torch.compiler.is_compiling(): return os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'on', 'true', 'y', 'yes')
     loaded = [vars(m) for m in map(sys.modules.get, (f'jointgen.kernels.triton_{name}' for name in KERNELS)) if m]
     kinds = {type(x).__name__ for names in loaded for x in names.values()} & {'InterpretedFunction', 'JITFunction'}
     if kinds: return 'InterpretedFunction' in kinds
