@@ -49,6 +49,13 @@ notebooks: install
 weights: install
 	$(PY) -m jointgen.cli train reader --side 32 --out jointgen/weights
 	$(PY) -m jointgen.cli train reader --side 64 --steps 400 --out jointgen/weights
+	$(PY) -c "from jointgen.matching import make_matcher; make_matcher()"
+	$(PY) -m jointgen.cli train lnfmm --preset tutorial --out runs/lnfmm
+	cp runs/lnfmm/lnfmm.json runs/lnfmm/lnfmm.safetensors jointgen/weights/
+	$(PY) -m jointgen.cli evaluate lnfmm --out runs/lnfmm
+	cp runs/lnfmm/evaluation.json nbs/results/lnfmm.json
+	cp runs/lnfmm/lnfmm_log.json nbs/results/
+	$(PY) -c "from jointgen.recipes.lnfmm import compare, PRIORS; compare('nbs/results/lnfmm_priors.json', {k: PRIORS[k] for k in ('flow', 'Gaussian')})"
 	$(PY) -m jointgen.cli train mxq-vae --preset tutorial --out runs/mxq-vae
 	cp runs/mxq-vae/mxq_vae.json runs/mxq-vae/mxq_vae.safetensors jointgen/weights/
 	$(PY) -m jointgen.cli evaluate mxq-vae --out runs/mxq-vae

@@ -25,7 +25,7 @@ setup(
     packages=find_packages(include=[name, f"{name}.*"]),
     package_data={name: ["data/*.npz", "weights/*.safetensors", "weights/*.json"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "kernels", "captions", "hub", "browser")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "kernels", "metrics", "hub", "browser")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{name}={name}._modidx:d"]},
     zip_safe=False,
 )

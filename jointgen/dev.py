@@ -84,7 +84,7 @@ def readme_files(
     body, resources = MarkdownExporter().from_notebook_node(nb, {'unique_key': 'readme'})
     pictures = {f'{images}/{name}': data for name, data in sorted((resources.get('outputs') or {}).items())}
     for path in pictures: body = body.replace(f']({Path(path).name})', f']({path})')
-    body = re.sub(r'\]\((images/|\d\d_\w+\.ipynb)', r'](nbs/\1', body)
+    body = re.sub(r'\]\((images/|\d\d\w+\.ipynb)', r'](nbs/\1', body)
     body = re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
     return {'README.md': body.encode(), **pictures}
 

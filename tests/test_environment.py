@@ -73,7 +73,7 @@ def test_python_versions_agree():
 @pytest.mark.parametrize("python", PYTHONS)
 def test_pins_fit_the_requirements(python):
     have = pins(python)
-    for key in "requirements", "dev_requirements", "kernels_requirements", "captions_requirements", "hub_requirements", "browser_requirements":
+    for key in "requirements", "dev_requirements", "kernels_requirements", "metrics_requirements", "hub_requirements", "browser_requirements":
         for r in wanted(key):
             assert r.name in have, f"constraints.txt names no version of {r.name}"
             assert r.specifier.contains(have[r.name], prereleases=True), f"{r} against {have[r.name]}"
