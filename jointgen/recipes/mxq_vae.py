@@ -42,11 +42,12 @@ def train_stage(
     options:dict,          # steps, batch_size, and AdamW's
     resume:bool=False,
     seed:int=0,
+    **others,              # of the learner
 )->Learner:
     "Train one stage."
     options = {k: v for k, v in options.items() if k != 'pairs'}
     steps, batch_size = options.pop('steps'), options.pop('batch_size')
-    learner = Learner(model, data, batch_size=batch_size, optimizer=options, folder=folder, autocast=torch.bfloat16, seed=seed, log_every=10)
+    learner = Learner(model, data, batch_size=batch_size, optimizer=options, folder=folder, seed=seed, log_every=10, **dict(autocast=torch.bfloat16) | others)
     if resume: learner.resume()
     return learner.fit(steps)
 
@@ -65,14 +66,15 @@ def training_codes(
 
 # %% ../../nbs/45_mxq_vae_recipe.ipynb #45014
 def plan(
-    preset:str,         # a key of PRESETS
+    preset:str,         # a key of `presets`
     steps:int|None,     # of each stage; None: the preset's
+    presets:dict=PRESETS,
 )->dict:
     "Return a preset, with other steps if asked."
-    if preset not in PRESETS: raise ValueError(f'unknown preset {preset!r}: use {" or ".join(PRESETS)}')
-    stages = {s: dict(PRESETS[preset][s], steps=steps or PRESETS[preset][s]['steps']) for s in ('stage1', 'stage2')}
+    if preset not in presets: raise ValueError(f'unknown preset {preset!r}: use {" or ".join(presets)}')
+    stages = {s: dict(presets[preset][s], steps=steps or presets[preset][s]['steps']) for s in ('stage1', 'stage2')}
     for s in stages.values(): s['pairs'] = min(s['pairs'], s['steps']*s['batch_size'])  # no more than will be seen
-    return dict(PRESETS[preset], **stages)
+    return dict(presets[preset], **stages)
 
 # %% ../../nbs/45_mxq_vae_recipe.ipynb #45016
 def write_log(
