@@ -170,10 +170,12 @@ class ConditioningAugmentation(nn.Module):
         d:int=64,                  # width of the condition
         *,
         activation:str|None=None,  # 'leaky': mean and log std pass a LeakyReLU(0.2), as in HDGAN's released code
+        log_std:float=0.,          # where the log std starts; below 0 the sentence is louder than the noise from the first step
     ):
         super().__init__()
         if activation not in (None, 'leaky'): raise ValueError(f"activation is {activation!r}, None or 'leaky' fit: take one of these")
         self.d, self.leaky, self.head = d, activation == 'leaky', nn.Linear(d_text, 2*d)
+        with torch.no_grad(): self.head.bias[d:] += log_std
 
 # %% ../nbs/26_adversaries.ipynb #26046
 @patch

@@ -161,6 +161,13 @@ def test_leaky_condition():
     assert torch.equal(a.mean, nn.functional.leaky_relu(b.mean, .2)) and torch.equal(a.log_std, nn.functional.leaky_relu(b.log_std, .2))
 
 
+def test_condition_may_start_narrow():
+    torch.manual_seed(0); plain = ConditioningAugmentation(8, 5)
+    torch.manual_seed(0); narrow = ConditioningAugmentation(8, 5, log_std=-1.5)
+    a, b = plain(random(9, 8)), narrow(random(9, 8))
+    assert torch.equal(a.mean, b.mean) and torch.allclose(a.log_std - 1.5, b.log_std)
+
+
 def test_condition_is_float32_under_autocast():
     ca = ConditioningAugmentation(8, 5)
     with torch.autocast('cpu', torch.bfloat16): out = ca(random(3, 8))
