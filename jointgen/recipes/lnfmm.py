@@ -61,7 +61,7 @@ def more_handwriting(
     rows = [(part, names) for g, names in own for part in [g] + [warp(g, generator, strength) for _ in range(copies)]]
     return torch.cat([g for g, _ in rows]).clamp(0, 1).numpy(), [n for _, names in rows for n in names]
 
-# %% ../../nbs/46_lnfmm_recipe.ipynb #46018
+# %% ../../nbs/46_lnfmm_recipe.ipynb #46016
 def train(
     out:str|Path,             # folder of checkpoints and of the result
     *,
@@ -85,7 +85,7 @@ def train(
     save_model(model.eval(), out/'lnfmm', dtype=torch.float16, seed=seed, preset=preset, stage1=stage1, stage2=stage2, copies=p['copies'], command=command)
     return model
 
-# %% ../../nbs/46_lnfmm_recipe.ipynb #46028
+# %% ../../nbs/46_lnfmm_recipe.ipynb #46026
 def kinds(
     data:CaptionedDigits,
 )->dict:                   # name -> positions of its pairs; 'Quad1-2': one or two objects in their quadrants
@@ -94,7 +94,7 @@ def kinds(
     found = {s: [i for i, n in enumerate(names) if n == s] for s in SUBSETS}
     return {k: v for k, v in (found | {'Quad1-2': found['Quad1'] + found['Quad2'], 'all': list(range(len(names)))}).items() if v}
 
-# %% ../../nbs/46_lnfmm_recipe.ipynb #46029
+# %% ../../nbs/46_lnfmm_recipe.ipynb #46027
 def device_of(model:nn.Module)->torch.device: return next(model.parameters()).device
 
 def write(
@@ -112,7 +112,7 @@ def write(
     said = [c for x in parts for c in decode(model.image_to_text(x, samples=samples, generator=generator, **options).cpu())]
     return [said[i:i + samples] for i in range(0, len(said), samples)]
 
-# %% ../../nbs/46_lnfmm_recipe.ipynb #46030
+# %% ../../nbs/46_lnfmm_recipe.ipynb #46028
 def score_captions(
     candidates,             # for each picture a list of captions
     data:CaptionedDigits,
@@ -120,7 +120,7 @@ def score_captions(
     "Judge captions: exact is the whole set of (place, colour, digit)."
     return {name: slot_agreement([candidates[i] for i in rows], [data.slots[i] for i in rows]) for name, rows in kinds(data).items()}
 
-# %% ../../nbs/46_lnfmm_recipe.ipynb #46033
+# %% ../../nbs/46_lnfmm_recipe.ipynb #46031
 def score_pictures(
     model:LNFMM,
     data:CaptionedDigits,
@@ -138,7 +138,7 @@ def score_pictures(
     return dict(slots=slot_consistency(pairs, vocab, reader), pictures=pair_consistency(pairs, vocab, reader),
         spread=image.unflatten(0, (-1, samples)).std(1).mean().item())
 
-# %% ../../nbs/46_lnfmm_recipe.ipynb #46034
+# %% ../../nbs/46_lnfmm_recipe.ipynb #46032
 @torch.no_grad()
 def score_codes(
     model:LNFMM,
@@ -154,7 +154,7 @@ def score_codes(
         return dict(own_caption=exact(t.s), crossed_caption=exact(s), gap=(s - t.s).square().mean().item(), variance=s.var(0).mean().item(),
             kl_t=kl_nats(model.prior_t, noisy(t, 0.)[1], t.log_std, s).mean().item(), kl_v=kl_nats(model.prior_v, noisy(v, 0.)[1], v.log_std, back).mean().item())
 
-# %% ../../nbs/46_lnfmm_recipe.ipynb #46036
+# %% ../../nbs/46_lnfmm_recipe.ipynb #46034
 @torch.no_grad()
 def evaluate(
     model:LNFMM,
@@ -178,11 +178,11 @@ def evaluate(
         images=score_pictures(model, test, seed=seed, temperature=temperature), codes=score_codes(model, test),
         reconstructions=score_reconstructions(back, test.pairs, reader), pairs=score_samples(drawn, real, seen, reader))
 
-# %% ../../nbs/46_lnfmm_recipe.ipynb #46040
+# %% ../../nbs/46_lnfmm_recipe.ipynb #46038
 PRIORS = {'flow': {}, 'Gaussian': dict(prior='gaussian'), 'flow, learned noise': dict(posterior='learned'), 'Gaussian, learned noise': dict(prior='gaussian', posterior='learned')}
 TIES = {'LNFMM': {}, 'LNFMM-MSE': dict(link='identity'), 'LNFMM-TXT': dict(private_v=0)}
 
-# %% ../../nbs/46_lnfmm_recipe.ipynb #46042
+# %% ../../nbs/46_lnfmm_recipe.ipynb #46040
 def partly_paired(
     pairs:Pairs,
     share:float,            # of the pairs that stay pairs
@@ -200,7 +200,7 @@ def partly_paired(
         return Mixed(pairs[draw(0, m, b//2)], pairs.image[draw(m, len(pairs), b//4)], pairs.tokens[draw(m, len(pairs), b//4)])
     return batch
 
-# %% ../../nbs/46_lnfmm_recipe.ipynb #46044
+# %% ../../nbs/46_lnfmm_recipe.ipynb #46042
 def one_run(
     changes:dict,           # of the constructor
     *,
@@ -218,7 +218,7 @@ def one_run(
     pick = lambda kind: {f'{k} ({kind})': words[kind][k] for k in ('exact', 'best', 'distinct')}
     return pick('Quad1-2') | pick('all') | dict(slots=images['slots']['average'], spread=images['spread'])
 
-# %% ../../nbs/46_lnfmm_recipe.ipynb #46045
+# %% ../../nbs/46_lnfmm_recipe.ipynb #46043
 def compare(
     out:str|Path,           # a JSON file; runs that it holds are not repeated
     variants:dict,          # name -> changes of the constructor
@@ -236,7 +236,7 @@ def compare(
             out.write_text(json.dumps(dict(results=results, seeds=list(seeds), options=options, device='cpu', torch=torch.__version__), indent=1) + '\n', encoding='utf-8')
     return results
 
-# %% ../../nbs/46_lnfmm_recipe.ipynb #46046
+# %% ../../nbs/46_lnfmm_recipe.ipynb #46044
 def spread_table(
     results:dict,           # from `compare`
 )->str:
