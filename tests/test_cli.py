@@ -202,7 +202,7 @@ def test_tables_show_everything_once():
 def test_bench_help():
     answer = run("bench", "--help")
     assert answer.exit_code == 0 and "bench" in run("--help").output
-    for option in "--device", "--check / --no-check", "--quick", "--out":
+    for option in "--device", "--check / --no-check", "--quick", "--only", "--out":
         assert option in answer.output
 
 
@@ -211,12 +211,17 @@ def test_bench_passes_on_what_was_given(monkeypatch, tmp_path):
     monkeypatch.setattr("jointgen.kernels.benchmark.bench_kernels", lambda **options: asked.update(options) or True)
     assert run("bench", "kernels", "--quick", "--check", "--out", tmp_path / "k.json").exit_code == 0
     assert asked["quick"] and asked["check"] and asked["out"] == tmp_path / "k.json" and asked["device"] == "cpu"
-    assert run("bench", "Kernels", "--no-check").exit_code == 0 and not asked["check"] and not asked["quick"]
+    assert run("bench", "Kernels", "--no-check").exit_code == 0 and not asked["check"] and not asked["quick"] and asked["only"] == ""
+    monkeypatch.setattr("jointgen.model_speed.bench_models", lambda **options: asked.update(options, models=True) or True)
+    assert run("bench", "models", "--only", "hdgan", "--out", tmp_path / "m.json").exit_code == 0
+    assert asked["models"] and asked["only"] == "hdgan" and asked["out"] == tmp_path / "m.json" and asked["check"] and asked["device"] == "cpu"
 
 
 def test_bench_refuses(monkeypatch, copycat):
     monkeypatch.setattr("jointgen.kernels.benchmark.bench_kernels", lambda **options: False)
     refused(run("bench", "kernels"), "a kernel of this package was refused")
+    monkeypatch.setattr("jointgen.model_speed.bench_models", lambda **options: False)
+    refused(run("bench", "models"), "missed a bar: see the table")
     refused(run("bench", "kernles"), "unknown benchmark 'kernles'", "did you mean 'kernels'")
     refused(run("bench"), "Missing argument")
     refused(run("bench", "kernels", "--device", "gpu"), "'gpu' is not available")
@@ -232,6 +237,14 @@ def test_bench_quick(tmp_path):
     assert stored["checked"] and stored["quick"] and stored["device"]["type"] == "cpu" and "ceilings" in answer.output
     for operation in "nearest code", "code statistics", "rotation gradient", "coupling, both":
         assert operation in answer.output and any(r["operation"] == operation and r["ms"] > 0 for r in stored["rows"] if r["ours"])
+
+
+def test_bench_models_quick(tmp_path):
+    answer = run("bench", "models", "--quick", "--only", "flow", "--out", tmp_path / "new" / "m.json")
+    assert answer.exit_code == 0, answer.output
+    stored = json.loads((tmp_path / "new" / "m.json").read_text())
+    assert stored["quick"] and stored["checked"] and "samples/s" in answer.output
+    assert {r["operation"] for r in stored["rows"]} == {"flow: samples for one picture"} and all(r["ms"] > 0 for r in stored["rows"])
 
 
 # --- errors
