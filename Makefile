@@ -56,6 +56,14 @@ weights: install
 	cp runs/lnfmm/evaluation.json nbs/results/lnfmm.json
 	cp runs/lnfmm/lnfmm_log.json nbs/results/
 	$(PY) -c "from jointgen.recipes.lnfmm import compare, PRIORS; compare('nbs/results/lnfmm_priors.json', {k: PRIORS[k] for k in ('flow', 'Gaussian')})"
+	$(PY) -c "from jointgen.recipes.lnfmm import compare, TIES; compare('nbs/results/lnfmm_ties.json', TIES, share=0.3)"
+	$(PY) -m jointgen.cli train hdgan --preset tutorial --out runs/hdgan
+	cp runs/hdgan/hdgan.json runs/hdgan/hdgan.safetensors jointgen/weights/
+	$(PY) -m jointgen.cli evaluate hdgan --out runs/hdgan
+	cp runs/hdgan/evaluation.json nbs/results/hdgan.json
+	cp runs/hdgan/hdgan_log.json nbs/results/
+	$(PY) -c "from jointgen.manipulation import train_manipulator; train_manipulator('runs/manipulator', steps=640)"
+	cp runs/manipulator/manipulator_32.* jointgen/weights/
 	$(PY) -m jointgen.cli train mxq-vae --preset tutorial --out runs/mxq-vae
 	cp runs/mxq-vae/mxq_vae.json runs/mxq-vae/mxq_vae.safetensors jointgen/weights/
 	$(PY) -m jointgen.cli evaluate mxq-vae --out runs/mxq-vae
