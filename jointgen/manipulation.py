@@ -22,8 +22,9 @@ from .contrasts import caption_keys, info_nce
 from .digits import captioned_digits
 from .edit_scores import ask, spoil
 from .game_blocks import Look, ModulatedGenerator, TwoBranches, halvings, readable, still
-from .joint import JointModel, Turn, load_model, save_model, weights_folder
+from .joint import JointModel, Turn, save_model
 from .learner import Learner
+from .matching import load_for_side
 from .pairs import Images, Pairs, Tokens, Vocab, check_pairs
 from .sentences import SentenceEncoder, contrastive_sentences
 from .text_nets import sampling_mode
@@ -70,6 +71,7 @@ SIZES = MappingProxyType(dict(
     hidden=48,   # of the modulations
 ))
 
+# %% ../nbs/44c_manipulation.ipynb #44016
 class Manipulator(nn.Module):
     "Change a picture until a caption fits it."
     def __init__(self,
@@ -95,7 +97,7 @@ class Manipulator(nn.Module):
         self.lookups = nn.ModuleList(WordAttention(self.encoder.hidden, c) for c in widths[1:1 + lookups])
         with torch.no_grad(): self.generator.rgb.weight.mul_(.1), self.generator.rgb.bias.zero_()  # at first, next to no change
 
-# %% ../nbs/44c_manipulation.ipynb #44015
+# %% ../nbs/44c_manipulation.ipynb #44017
 @patch
 def forward(self:Manipulator,
     image:Images,
@@ -112,7 +114,7 @@ def forward(self:Manipulator,
         return self.lookups[stage](h, said.words, said.mask) if stage < len(self.lookups) else h
     return image + 1 + self.generator(noise, c.c, refine), c  # a generator's black is -1, no change is 0
 
-# %% ../nbs/44c_manipulation.ipynb #44018
+# %% ../nbs/44c_manipulation.ipynb #44020
 @patch
 def edit(self:Manipulator,
     image:Images,
@@ -128,7 +130,7 @@ def edit(self:Manipulator,
     z = temperature*torch.randn(len(image), n + m, generator=generator, device=generator.device if generator else image.device).to(image.device)
     with sampling_mode(self): return self(image, tokens, *z.split([n, m], 1))[0].clamp(-1, 1)
 
-# %% ../nbs/44c_manipulation.ipynb #44023
+# %% ../nbs/44c_manipulation.ipynb #44025
 WEIGHTS = MappingProxyType(dict(patch=1., uncond=1., contrast=1., edits=1., fake_contrast=0.5, fake_edits=0.5, kl=0.05, restore=20., still=2., temperature=0.1))
 
 class ManipulationGame(JointModel):
@@ -156,7 +158,7 @@ class ManipulationGame(JointModel):
         "Name who moves what; each has a reading of the captions of its own."
         return dict(discriminator=[self.discriminator, self.reader], editor=self.editor)
 
-# %% ../nbs/44c_manipulation.ipynb #44026
+# %% ../nbs/44c_manipulation.ipynb #44028
 @patch
 def contrasts(self:ManipulationGame, prefix:str, seen:Tensor, goal:Tensor, other:Tensor, keys:Tensor)->dict:
     "Ask pictures to find their captions in the batch, and to prefer them to the other ones: two terms, in nats."
@@ -169,7 +171,7 @@ def turn(self:ManipulationGame, player:str, terms:dict, log:dict|None=None)->Tur
     "Weigh the terms and add them up, or name the one that is not finite."
     return Turn(player, check_terms({name: self.weights.get(name, 1.)*term for name, term in terms.items()}, player), terms | (log or {}))
 
-# %% ../nbs/44c_manipulation.ipynb #44029
+# %% ../nbs/44c_manipulation.ipynb #44031
 @patch
 def judge_terms(self:ManipulationGame, real:Images, fake:Images|None, right:Tensor, wrong:Tensor, goal:Tensor, keys:Tensor)->tuple[dict, dict]:
     "Return the discriminator's terms, and mean logits; without made pictures it learns to compare."
@@ -183,7 +185,7 @@ def judge_terms(self:ManipulationGame, real:Images, fake:Images|None, right:Tens
     matched, *others = logits.values()
     return terms | dict(pair=hinge_d(matched, others)), {name: x.mean() for name, x in logits.items()}
 
-# %% ../nbs/44c_manipulation.ipynb #44032
+# %% ../nbs/44c_manipulation.ipynb #44034
 @patch
 def restore_terms(self:ManipulationGame, real:Images, fake:Images, c:Condition, own:Bool[Tensor, 'b'])->dict:
     "Return what the manipulator learns without a judge: to restore, and to let stand still."
@@ -201,7 +203,7 @@ def answer_terms(self:ManipulationGame, fake:Images, goal:Tensor, other:Tensor, 
         terms |= {name: hinge_g(logits) for name, logits in d.unaware(look).items()}
     return terms
 
-# %% ../nbs/44c_manipulation.ipynb #44035
+# %% ../nbs/44c_manipulation.ipynb #44037
 @patch
 def turns(self:ManipulationGame, pairs:Pairs):  # yields the turn of the discriminator, then that of the manipulator
     "Play one step: every other picture is restored under its own caption, the others get another caption. While warm, all are restored, and nobody is judged."
@@ -220,14 +222,14 @@ def turns(self:ManipulationGame, pairs:Pairs):  # yields the turn of the discrim
     yield self.turn('editor', terms)
     self.trained += 1
 
-# %% ../nbs/44c_manipulation.ipynb #44044
+# %% ../nbs/44c_manipulation.ipynb #44046
 RECIPE = MappingProxyType(dict(pairs=30_000, sentences=400, steps=8000, batch_size=32, lr=1.5e-3, lr_judge=1e-3, betas=(0.5, 0.99), clip=5., ema=0.998))
 
 def flat_then_down(step:int, steps:int)->float:  # factor on the learning rate
     "Rise for 50 steps, stay, and fall along a line in the second half."
     return min(1., (step + 1)/50)*min(1., 2*(1 - step/steps) + 1e-3)
 
-# %% ../nbs/44c_manipulation.ipynb #44045
+# %% ../nbs/44c_manipulation.ipynb #44047
 def train_manipulator(
     out:str|Path,             # folder of checkpoints and of the result
     *,
@@ -256,15 +258,7 @@ def train_manipulator(
     save_model(editor, out/f'manipulator_{side}', dtype=torch.float16, kind='manipulator', seed=seed, steps=steps, recipe=r, game=game.config, command=command)
     return editor
 
-# %% ../nbs/44c_manipulation.ipynb #44046
-def load_manipulator(
-    side:int=32,
-    *,
-    folder=None,   # by default the package's own weights
-    device='cpu',
-)->Manipulator:
+# %% ../nbs/44c_manipulation.ipynb #44048
+def load_manipulator(side:int=32, *, folder=None, device='cpu')->Manipulator:
     "Load a trained manipulator for pictures of `side`."
-    folder = Path(folder or weights_folder())
-    there = sorted(int(p.stem.split('_')[1]) for p in folder.glob('manipulator_*.safetensors'))
-    if side not in there: raise ValueError(f'there is no manipulator for side {side}, {there} are there: take one of these, or train_manipulator(folder, side={side})')
-    return load_model(folder/f'manipulator_{side}', device, cls=Manipulator).requires_grad_(False)
+    return load_for_side('manipulator', side, f'train_manipulator(folder, side={side})', folder=folder, device=device, cls=Manipulator)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PictureTower', 'Matcher', 'training_pairs', 'matching_loss', 'train_matcher', 'directions', 'rivals', 'over_folds',
-           'r_precision', 'edited_precision', 'judge_matcher', 'make_matcher', 'load_matcher']
+           'r_precision', 'edited_precision', 'judge_matcher', 'make_matcher', 'load_for_side', 'load_matcher']
 
 # %% ../nbs/39_matching.ipynb #39003
 import time
@@ -247,14 +247,21 @@ def make_matcher(
     save_model(matcher, f'{folder}/matcher_{side}', dtype=torch.float16, kind='matcher', **facts)
     return facts
 
-def load_matcher(
-    side:int=32,
+def load_for_side(
+    kind:str,      # 'matcher': the file is `matcher_32`
+    side:int,      # px, of its pictures
+    make:str,      # what makes one
     *,
     folder=None,   # by default the package's own weights
     device='cpu',
-)->Matcher:
-    "Load a trained matcher for pictures of `side`."
+    cls=None,      # of `load_model`
+)->nn.Module:      # it does not learn
+    "Load what was trained for pictures of one size."
     folder = Path(folder or weights_folder())
-    there = sorted(int(p.stem.split('_')[1]) for p in folder.glob('matcher_*.safetensors'))
-    if side not in there: raise ValueError(f'there is no matcher for side {side}, {there} are there: take one of these, or make_matcher({side}, folder)')
-    return load_model(folder/f'matcher_{side}', device).requires_grad_(False)
+    there = sorted(int(p.stem.split('_')[1]) for p in folder.glob(f'{kind}_*.safetensors'))
+    if side not in there: raise ValueError(f'there is no {kind} for side {side}, {there} are there: take one of these, or {make}')
+    return load_model(folder/f'{kind}_{side}', device, cls=cls).requires_grad_(False)
+
+def load_matcher(side:int=32, *, folder=None, device='cpu')->Matcher:
+    "Load a trained matcher for pictures of `side`."
+    return load_for_side('matcher', side, f'make_matcher({side}, folder)', folder=folder, device=device)
