@@ -37,7 +37,7 @@ class DualTextEncoder(nn.Module):
         if mode not in OWNED: raise ValueError(f"mode is {mode!r}, {', '.join(OWNED)} fit: take one of these")
         self.mode, self.d = mode, d
         read = lambda norm: SentenceEncoder(vocab, d, norm=norm, **sizes)
-        if mode in ('dual', 'swap'): nets = dict(generator=read(False), discriminator=read(True))
+        if mode in ('dual', 'swap'): nets = dict(generator=read(True), discriminator=read(True))
         elif mode == 'split': nets = dict(trunk=read(False), generator=nn.Linear(d, d), discriminator=nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d)))
         else: nets = dict(trunk=FrozenSentences(read(False)) if mode == 'frozen' else read(True))
         self.nets = nn.ModuleDict(nets)
@@ -76,3 +76,22 @@ def for_generator(self:DualTextEncoder, tokens:Tokens, player:str='generator')->
 def for_discriminator(self:DualTextEncoder, tokens:Tokens, player:str='discriminator')->Sentences:
     "Return W_D and S_D."
     return self.read(tokens, 'discriminator', player)
+
+# %% ../nbs/39_two_readings.ipynb #39019
+@patch
+@torch.no_grad()
+def teach(self:DualTextEncoder,
+    name:str,                  # of a part that reads captions
+    encoder:SentenceEncoder,   # of the same sizes
+    tokens:Tokens,             # captions to measure mean and deviation on
+)->DualTextEncoder:
+    "Let a part begin where another encoder is."
+    readers = [k for k, net in self.nets.items() if isinstance(net, (SentenceEncoder, FrozenSentences))]
+    if name not in readers: raise ValueError(f"{name!r} reads no captions in mode {self.mode!r}, {' or '.join(readers)} fits: name a reader")
+    if isinstance(self.nets[name], FrozenSentences): self.nets[name] = FrozenSentences(encoder, tokens)
+    else:
+        said = torch.cat([encoder(part).sentence for part in tokens.split(512)])
+        std, state = said.std(0).clamp(min=1e-4), {k: v.clone() for k, v in encoder.state_dict().items()}
+        state |= {'head.weight': state['head.weight']/std[:, None], 'head.bias': (state['head.bias'] - said.mean(0))/std}
+        self.nets[name].load_state_dict(state, strict=False)
+    return self

@@ -11,7 +11,7 @@ from jointgen.joint import load_model
 
 torch.set_num_threads(1)
 RESULTS = Path(__file__).parents[1] / "nbs/results"
-STAGES = dict(copies=0, ema=0.9, schedule="hold_and_fall", stage1=dict(pairs=64, steps=3, batch_size=16), stage2=dict(pairs=64, steps=4, batch_size=8, lr=1e-3))
+STAGES = dict(copies=0, taught=True, ema=0.9, schedule="hold_and_fall", stage1=dict(pairs=64, steps=3, batch_size=16), stage2=dict(pairs=64, steps=4, batch_size=8, lr=1e-3))
 TINY = dict(
     hdgan=dict(STAGES, model=dict(side=32, d_text=16, condition=8, noise=8, widths=(8, 8, 8, 8), judge_width=8, text_width=8, encoder_sizes=dict(hidden=16, embedding=8))),
     dte_gan=dict(STAGES, model=dict(side=32, d_text=16, condition=8, noise=8, text=dict(hidden=16, embedding=8), generator=(8, 8, 8, 8), hidden=8, discriminator=(8, 8, 8, 8), warm=2)))
@@ -38,7 +38,7 @@ def test_what_is_saved_is_what_was_trained(trained):
     loaded, facts = load_model(folder/name), json.loads((folder/f"{name}.json").read_text())["facts"]
     assert loaded.config == model.config and not model.training
     assert facts["seed"] == 3 and facts["stage2"]["steps"] == 4 and f"train {name.replace('_', '-')} --preset tiny --seed 3" in facts["command"]
-    for a, b in zip(loaded.parameters(), model.parameters()): assert torch.allclose(a, b, atol=2e-3)  # stored in float16
+    for a, b in zip(loaded.parameters(), model.parameters()): assert torch.allclose(a, b, atol=2e-3, rtol=2e-3)  # stored in float16
     assert json.loads((folder/f"{name}_log.json").read_text()).keys() == {"stage2"}
 
 
@@ -100,7 +100,7 @@ def test_variants_are_compared_and_kept(trained, tmp_path, monkeypatch):
     assert recipe.compare(tmp_path/"c.json", variants, seeds=(0,), steps=3, n=20) == first
     row = first["all" if name == "hdgan" else "dual"][0]
     assert {"presence", "color", "digit", "caption", "r_precision", "spread_ratio"} <= set(row)
-    assert ("gap at 8 px" in row) == (name == "hdgan") and (tmp_path/"sentences.safetensors").exists()
+    assert ("gap at 8 px" in row) == (name == "hdgan") and any(tmp_path.rglob("sentences.safetensors"))
 
 
 def test_weights_are_changed_one_by_one():

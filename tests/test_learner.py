@@ -60,6 +60,22 @@ def test_options_for_all_and_by_player():
     assert opts['b'].param_groups[0]['betas'] == (0., 0.9) and opts['b'].param_groups[0]['lr'] == 0.3
 
 
+def test_weights_may_move_more_slowly_than_their_player():
+    net = nn.Linear(2, 2)
+    net.bias.lr_factor = 0.1
+    before, opts = net.bias.detach().clone(), make_optimizers(dict(a=list(net.parameters())), dict(lr=0.1, weight_decay=0.))
+    assert sorted(g['base_lr'] for g in opts['a'].param_groups) == pytest.approx([0.01, 0.1]) and 'factor' not in opts['a'].param_groups[0]
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+        def loss(self, x): return self.net(x).square().sum()
+
+    Learner(Slow(), torch.ones(8, 2), optimizer=dict(lr=0.1, weight_decay=0.), schedule='constant', clip=None).fit(1, progress=False)
+    assert torch.allclose((net.bias - before).abs(), torch.full((2,), 0.01), atol=1e-4)   # Adam's first step is the rate
+
+
 @pytest.mark.parametrize('options, message', [(dict(c=dict(lr=1.)), 'the players are'), (dict(learning_rate=1.), 'AdamW does not take'), (dict(lr=-1.), 'Invalid learning rate')])
 def test_options_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message): Learner(Line(), xs(), optimizer=options)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from jointgen.digits import captioned_digits
+from jointgen.sentences import FrozenSentences, SentenceEncoder
 from jointgen.two_readings import OWNED, DualTextEncoder
 
 PLAYERS = ('generator', 'discriminator')
@@ -57,3 +58,20 @@ def test_without_gradients_nobody_feels(pairs):
 def test_cells_and_modes(pairs):
     assert build(pairs, 'split', cell='lstm').for_generator(pairs.tokens).sentence.shape == (6, 12)
     with pytest.raises(ValueError, match='dual, split, shared_d, shared_gd, frozen, swap fit'): build(pairs, 'both')
+
+
+@pytest.mark.parametrize('mode, part', [('dual', 'discriminator'), ('split', 'trunk'), ('shared_d', 'trunk'), ('frozen', 'trunk')])
+def test_a_taught_reading_is_a_start_and_its_numbers_are_equally_loud(pairs, mode, part):
+    many = captioned_digits(100, seed=3).pairs.tokens
+    teacher = SentenceEncoder(pairs.vocab, 12, hidden=8, embedding=8)
+    with torch.no_grad(): teacher.head.weight.mul_(torch.linspace(0.1, 9, 12)[:, None])    # some numbers are shouted
+    encoder = build(pairs, mode).teach(part, teacher, many)
+    net, wanted = encoder.nets[part], FrozenSentences(teacher, many)(many).sentence
+    said = net(many).sentence
+    if mode in ('dual', 'shared_d'): wanted = torch.nn.functional.layer_norm(wanted, (12,))   # a reading that learns ends so
+    assert torch.allclose(said, wanted, atol=1e-3) and said.requires_grad == (mode != 'frozen')
+
+
+def test_only_a_reader_is_taught(pairs):
+    teacher = SentenceEncoder(pairs.vocab, 12, hidden=8, embedding=8)
+    with pytest.raises(ValueError, match='trunk fits'): build(pairs, 'split').teach('generator', teacher, pairs.tokens)

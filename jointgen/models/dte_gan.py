@@ -27,7 +27,7 @@ from ..two_readings import OWNED, DualTextEncoder
 
 # %% ../../nbs/44_dte_gan.ipynb #44010
 SIZES = MappingProxyType(dict(d_text=128, condition=64, noise=32, text={}, generator=(96, 64, 48, 32), hidden=96, norm=None, tanh=False, seed=True, log_std=-1.5,
-    discriminator=(32, 64, 96, 128), judge={}, uncond=True, patch=True, text_from_game=True,
+    discriminator=(32, 64, 96, 128), judge={}, uncond=True, patch=True, text_from_game=True, text_lr=1.,
     hard=0.5, shift=1/16, warm=300, rehearse=True, penalty_every=4, penalty_rows=8))
 WEIGHTS = MappingProxyType(dict(uncond=1., patch=1., contrast=1., edits=1., fake_contrast=0.5, fake_edits=0.5, images=0., kl=0.5, temperature=0.1,
     penalty=2., power=6., r1=0., r2=0.))
@@ -50,6 +50,7 @@ class DTEGAN(JointModel):
             if set(given) - set(known): raise ValueError(f'{min(set(given) - set(known))!r} is no size or weight of DTEGAN: use {", ".join(known)}')
         self.side, self.sizes, self.weights, self.game = side, c, w, choose_game(game)
         self.encoder = DualTextEncoder(vocab, mode, c['d_text'], **c['text'])
+        for p in self.encoder.parameters(): p.lr_factor = c['text_lr']  # the learner obeys: a reading moves more slowly than its player
         self.condition = ConditioningAugmentation(c['d_text'], c['condition'], log_std=c['log_std'])
         self.generator = ModulatedGenerator(side, noise=c['noise'], condition=c['condition'], widths=c['generator'], hidden=c['hidden'], norm=c['norm'], tanh=c['tanh'], seed=c['seed'])
         self.discriminator = TwoBranches(side, d_text=c['d_text'], widths=c['discriminator'], uncond=c['uncond'], patch=c['patch'], **c['judge'])

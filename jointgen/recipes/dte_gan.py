@@ -22,16 +22,17 @@ from ..pairs import Pairs
 from .hdgan import first_pairs, one_run, play, sentence_stage, training_data
 from .lnfmm import device_of
 from .mxq_vae import plan
-from ..sentences import FrozenSentences, Sentences
+from ..sentences import FrozenSentences, SentenceEncoder, Sentences
 
 # %% ../../nbs/49_dte_gan_recipe.ipynb #49006
 PLAYERS = dict(lr=1e-3, betas=(0.5, 0.99), weight_decay=0.)
 PRESETS = dict(
-    tutorial=dict(copies=2, ema=0.998, schedule='hold_and_fall',
-        model=dict(side=32, game='relativistic', norm='cbn', judge=dict(gate=1.), warm=1000, weights=dict(kl=0.05, penalty=0., r1=0.05, r2=0.05, temperature=0.05)),
+    tutorial=dict(copies=2, ema=0.999, schedule='hold_and_fall', taught=True,
+        model=dict(side=32, game='relativistic', norm='cbn', judge=dict(gate=1.), text_lr=0.1, rehearse=False, warm=200,
+            weights=dict(kl=0.05, penalty=0., r1=0.05, r2=0.05, temperature=0.05, fake_contrast=0.1, fake_edits=0.1)),
         stage1=dict(pairs=60_000, steps=800, batch_size=64),
         stage2=dict(pairs=60_000, steps=14_000, batch_size=32, **PLAYERS)),
-    paper=dict(copies=0, ema=0.999, schedule='constant',
+    paper=dict(copies=0, ema=0.999, schedule='constant', taught=False,
         model=dict(side=256, d_text=256, condition=100, noise=100, text=dict(hidden=256, embedding=300, cell='lstm', dropout=0.1),
             generator=(256, 256, 256, 256, 128, 64, 32), hidden=0, tanh=True, seed=False, log_std=0., discriminator=(32, 64, 128, 256, 256, 256, 256),
             judge=dict(text='tile', tile=None, contrast=256), uncond=False, patch=False, rehearse=False, shift=0., warm=2000, penalty_every=1, penalty_rows=0,
@@ -42,22 +43,23 @@ PRESETS = dict(
 # %% ../../nbs/49_dte_gan_recipe.ipynb #49009
 def make_model(
     data,                # from `training_data`
-    folder:Path,         # keeps the encoder that is taught before the game
+    folder:Path,         # keeps the encoders that are taught before the game
     *,
     preset:dict,         # from `plan`
     resume:bool=False,
     seed:int=0,
     device:str='cpu',
 )->tuple:                # model on its device, log of stage 1
-    "Build the model; a frozen encoder is taught first."
+    "Build the model; its readings are taught first, where the preset says so."
     pairs, config = first_pairs(data, preset, seed), preset['model']
     warm = min(config.get('warm', SIZES['warm']), preset['stage2']['steps']//4)  # a short training has a short warm start
     torch.manual_seed(seed)
     model, log = DTEGAN(pairs.vocab, **config | dict(warm=warm)), []
-    if model.encoder.mode == 'frozen':
+    readers = [name for name, net in model.encoder.nets.items() if isinstance(net, (SentenceEncoder, FrozenSentences))]
+    for i, name in enumerate(readers if preset['taught'] or model.encoder.mode == 'frozen' else []):
         sizes = dict(config.get('text', {}), d=model.encoder.d)
-        encoder, log = sentence_stage(folder, pairs.to(device), options=preset['stage1'], sizes=sizes, resume=resume, seed=seed)
-        model.use_sentences(FrozenSentences(encoder, pairs.tokens[:4096].to(device)))
+        encoder, log = sentence_stage(folder/name, pairs.to(device), options=preset['stage1'], sizes=sizes, resume=resume, seed=seed + i)
+        model.encoder.to(device).teach(name, encoder, pairs.tokens[:4096].to(device))
     return model.to(device), log
 
 # %% ../../nbs/49_dte_gan_recipe.ipynb #49011
