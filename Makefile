@@ -62,6 +62,11 @@ weights: install
 	$(PY) -m jointgen.cli evaluate hdgan --out runs/hdgan
 	cp runs/hdgan/evaluation.json nbs/results/hdgan.json
 	cp runs/hdgan/hdgan_log.json nbs/results/
+	$(PY) -m jointgen.cli train dte-gan --preset tutorial --out runs/dte-gan
+	cp runs/dte-gan/dte_gan.json runs/dte-gan/dte_gan.safetensors jointgen/weights/
+	$(PY) -m jointgen.cli evaluate dte-gan --out runs/dte-gan
+	cp runs/dte-gan/evaluation.json nbs/results/dte_gan.json
+	cp runs/dte-gan/dte_gan_log.json nbs/results/
 	$(PY) -c "from jointgen.manipulation import train_manipulator; train_manipulator('runs/manipulator', steps=640)"
 	cp runs/manipulator/manipulator_32.* jointgen/weights/
 	$(PY) -m jointgen.cli train mxq-vae --preset tutorial --out runs/mxq-vae

@@ -130,7 +130,7 @@ def evaluate(
     scores = score_pictures(model, data, matcher=load_matcher(model.side), samples=samples, seed=seed, **options)
     return dict(settings=settings, **scores, retrieval=score_retrieval(model, data.pairs, seed=seed), embeddings=score_embeddings(model, data))
 
-# %% ../../nbs/49_dte_gan_recipe.ipynb #49038
+# %% ../../nbs/49_dte_gan_recipe.ipynb #49037
 MODES = {mode: dict(mode=mode) for mode in ('dual', 'shared_d', 'shared_gd', 'split', 'frozen', 'swap')}
 
 def compare(
