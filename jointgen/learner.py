@@ -51,12 +51,11 @@ def make_optimizers(
     if odd: raise ValueError(f"optimizer has options for {sorted(odd)}, the players are {list(players)}: use their names")
     for name, parameters in players.items():
         if not parameters: raise ValueError(f"player {name!r} has no weights that learn: give it some, or leave it out")
-        factors = sorted({getattr(p, 'lr_factor', 1.) for p in parameters}, reverse=True)  # a model may slow some of its weights down
-        some = lambda keep, f: [p for p in parameters if keep(p) and getattr(p, 'lr_factor', 1.) == f]
-        groups = [g for f in factors for g in (dict(params=some(lambda p: p.ndim > 1, f), factor=f), dict(params=some(lambda p: p.ndim < 2, f), weight_decay=0., factor=f))]
+        kinds = sorted({(p.ndim < 2, -getattr(p, 'lr_factor', 1.)) for p in parameters})  # a model may slow some of its weights down
+        groups = [dict(params=[p for p in parameters if (p.ndim < 2, -getattr(p, 'lr_factor', 1.)) == kind], factor=-kind[1], **(dict(weight_decay=0.) if kind[0] else {})) for kind in kinds]
         fused = all(p.device.type in ('cpu', 'cuda') and p.is_floating_point() for p in parameters)
         given = {'fused': fused, **shared, **options.get(name, {})}
-        try: optimizers[name] = torch.optim.AdamW([g for g in groups if g['params']], **given)
+        try: optimizers[name] = torch.optim.AdamW(groups, **given)
         except TypeError as error: raise ValueError(f"AdamW does not take {sorted(given)} ({error}): use lr, betas, eps, weight_decay") from None
         for group in optimizers[name].param_groups: group['base_lr'] = group['lr']*group.pop('factor')
     return optimizers

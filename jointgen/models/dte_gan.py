@@ -25,14 +25,14 @@ from ..sentences import FrozenSentences, Sentences, hard_negatives
 from ..text_nets import sampling_mode
 from ..two_readings import OWNED, DualTextEncoder
 
-# %% ../../nbs/44_dte_gan.ipynb #44010
+# %% ../../nbs/44_dte_gan.ipynb #44012
 SIZES = MappingProxyType(dict(d_text=128, condition=64, noise=32, text={}, generator=(96, 64, 48, 32), hidden=96, norm=None, tanh=False, seed=True, log_std=-1.5,
     discriminator=(32, 64, 96, 128), judge={}, uncond=True, patch=True, text_from_game=True, text_lr=1.,
     hard=0.5, shift=1/16, warm=300, rehearse=True, penalty_every=4, penalty_rows=8))
 WEIGHTS = MappingProxyType(dict(uncond=1., patch=1., contrast=1., edits=1., fake_contrast=0.5, fake_edits=0.5, images=0., kl=0.5, temperature=0.1,
     penalty=2., power=6., r1=0., r2=0.))
 
-# %% ../../nbs/44_dte_gan.ipynb #44011
+# %% ../../nbs/44_dte_gan.ipynb #44013
 class DTEGAN(JointModel):
     "Paint captions in one stage; each of the two players learns a reading of the caption of its own."
     def __init__(self,
@@ -58,7 +58,7 @@ class DTEGAN(JointModel):
         self.augment = DiffAugment(vocab, translation=c['shift'])
         self.register_buffer('trained', torch.zeros((), dtype=torch.int64))  # steps so far
 
-# %% ../../nbs/44_dte_gan.ipynb #44014
+# %% ../../nbs/44_dte_gan.ipynb #44016
 @patch
 def use_sentences(self:DTEGAN, encoder:nn.Module)->DTEGAN:
     "Take another frozen encoder."
@@ -74,7 +74,7 @@ def players(self:DTEGAN)->dict:
     return dict(discriminator=[self.discriminator, *self.encoder.owned('discriminator')],
                 generator=[self.condition, self.generator, *([self.rehearsal] if self.rehearsal else []), *self.encoder.owned('generator')])
 
-# %% ../../nbs/44_dte_gan.ipynb #44015
+# %% ../../nbs/44_dte_gan.ipynb #44017
 @patch
 def refine(self:DTEGAN, h:Tensor, stage:int, said:Sentences)->Tensor:
     "Change features after a block of the generator, when words are used (room 44b); here: not."
@@ -85,7 +85,7 @@ def extra_terms(self:DTEGAN, player:str, look:Look, said:Sentences, keys:Tensor)
     "Return further terms of a player's loss, when words are used (room 44b); here: none."
     return {}
 
-# %% ../../nbs/44_dte_gan.ipynb #44019
+# %% ../../nbs/44_dte_gan.ipynb #44021
 @patch
 def paint(self:DTEGAN,
     said:Tokens|Sentences,                          # captions, or what the generator read in them
@@ -101,7 +101,7 @@ def paint(self:DTEGAN,
     c = self.condition(said.sentence, condition_noise, generator=generator)
     return self.generator(z, c.c, lambda h, stage: self.refine(h, stage, said)), c
 
-# %% ../../nbs/44_dte_gan.ipynb #44020
+# %% ../../nbs/44_dte_gan.ipynb #44022
 @patch
 def draw(self:DTEGAN, n:int, generator:torch.Generator|None=None)->tuple:
     "Draw both noises."
@@ -109,7 +109,7 @@ def draw(self:DTEGAN, n:int, generator:torch.Generator|None=None)->tuple:
     noise = torch.randn(n, self.sizes['noise'] + self.sizes['condition'], generator=generator, device=generator.device if generator else device)
     return noise.to(device).split([self.sizes['noise'], self.sizes['condition']], 1)
 
-# %% ../../nbs/44_dte_gan.ipynb #44024
+# %% ../../nbs/44_dte_gan.ipynb #44026
 @patch
 def contrasts(self:DTEGAN, prefix:str, seen:Tensor, right:Tensor, wrong:Tensor, keys:Tensor)->dict:
     "Let pictures find their captions in the batch, and prefer them to mismatches: two terms, in nats."
@@ -117,7 +117,7 @@ def contrasts(self:DTEGAN, prefix:str, seen:Tensor, right:Tensor, wrong:Tensor, 
     a, b, c = (F.normalize(x.float(), dim=1) for x in (seen, right, wrong))
     return {f'{prefix}contrast': info_nce(seen, right, temperature=t, keys=keys), f'{prefix}edits': F.softplus((a*(c - b)).sum(1)/t).mean()}
 
-# %% ../../nbs/44_dte_gan.ipynb #44025
+# %% ../../nbs/44_dte_gan.ipynb #44027
 @patch
 def finish(self:DTEGAN, player:str, terms:dict, log:dict, search:bool)->Turn:
     "Weigh the terms of a turn and add them up, or name the one that is not finite."
@@ -125,7 +125,7 @@ def finish(self:DTEGAN, player:str, terms:dict, log:dict, search:bool)->Turn:
     moved = [p for m in self.players()[player] for p in m.parameters()] if search else None
     return Turn(player, check_terms(weighed, player, moved), terms | log)
 
-# %% ../../nbs/44_dte_gan.ipynb #44030
+# %% ../../nbs/44_dte_gan.ipynb #44032
 @patch
 def judge_terms(self:DTEGAN, real:Look, fake:Look, right:Tensor, wrong:Tensor)->tuple[dict, dict]:
     "Return the adversarial terms of the discriminator, and mean logits."
@@ -137,7 +137,7 @@ def judge_terms(self:DTEGAN, real:Look, fake:Look, right:Tensor, wrong:Tensor)->
     terms |= {name: self.game.discriminator(free[name], fooled[name]) for name in free}
     return terms, dict(matched=matched.mean(), mismatched=mismatched.mean(), made=made.mean())
 
-# %% ../../nbs/44_dte_gan.ipynb #44031
+# %% ../../nbs/44_dte_gan.ipynb #44033
 @patch
 def penalties(self:DTEGAN, real:Images, fake:Images, right:Tensor)->dict:
     "Return the penalties that are due in this step, on the first rows of the batch."
@@ -151,7 +151,7 @@ def penalties(self:DTEGAN, real:Images, fake:Images, right:Tensor)->dict:
         r1=lambda: r1_penalty(logits, real), r2=lambda: r2_penalty(logits, fake))
     return {name: factor*term() for name, term in due.items() if factor and w[name]}
 
-# %% ../../nbs/44_dte_gan.ipynb #44036
+# %% ../../nbs/44_dte_gan.ipynb #44038
 @patch
 def discriminator_turn(self:DTEGAN, real:Images, fake:Images|None, said:Sentences, wrong:Sentences, keys:Tensor, *, search:bool=False)->Turn:
     "Let the discriminator judge; during the warm start (no fake) it only compares."
@@ -163,7 +163,7 @@ def discriminator_turn(self:DTEGAN, real:Images, fake:Images|None, said:Sentence
         terms |= judged | self.penalties(real, fake, said.sentence)
     return self.finish('discriminator', terms, log, search)
 
-# %% ../../nbs/44_dte_gan.ipynb #44037
+# %% ../../nbs/44_dte_gan.ipynb #44039
 @patch
 def rehearsal_turn(self:DTEGAN, real:Images, both:Int[Tensor, 'n t'], keys:Tensor, *, search:bool=False)->Turn:
     "During the warm start the generator's reading learns what the discriminator, standing still, can see in real pictures."
@@ -171,7 +171,7 @@ def rehearsal_turn(self:DTEGAN, real:Images, both:Int[Tensor, 'n t'], keys:Tenso
     right, wrong = self.rehearsal(self.encoder.for_generator(both).sentence).chunk(2)
     return self.finish('generator', self.contrasts('rehearsed_', seen, right, wrong, keys), {}, search)
 
-# %% ../../nbs/44_dte_gan.ipynb #44038
+# %% ../../nbs/44_dte_gan.ipynb #44040
 @patch
 def generator_turn(self:DTEGAN, real:Images, made:tuple, said:Sentences, wrong:Sentences, keys:Tensor, *, search:bool=False)->Turn:
     "Let the generator answer; the discriminator stands still."
@@ -187,7 +187,7 @@ def generator_turn(self:DTEGAN, real:Images, made:tuple, said:Sentences, wrong:S
     if self.weights['images']: terms['images'] = info_nce(v, target, temperature=self.weights['temperature'], keys=keys)
     return self.finish('generator', terms | dict(kl=conditioning_kl(c.mean, c.log_std)), {}, search)
 
-# %% ../../nbs/44_dte_gan.ipynb #44039
+# %% ../../nbs/44_dte_gan.ipynb #44041
 @patch
 def turns(self:DTEGAN,
     pairs:Pairs,
@@ -213,7 +213,7 @@ def turns(self:DTEGAN,
         yield self.generator_turn(real, (change(made[0]), made[1]), *said, keys, search=search)
     self.trained += 1
 
-# %% ../../nbs/44_dte_gan.ipynb #44050
+# %% ../../nbs/44_dte_gan.ipynb #44052
 @patch
 def text_to_image(self:DTEGAN,
     tokens:Tokens,
@@ -229,7 +229,7 @@ def text_to_image(self:DTEGAN,
         z, e = self.draw(len(said.sentence), generator)
         return self.paint(said, noise=temperature*z, condition_noise=temperature*e)[0].clamp(-1, 1)
 
-# %% ../../nbs/44_dte_gan.ipynb #44051
+# %% ../../nbs/44_dte_gan.ipynb #44053
 @patch
 def rank_captions(self:DTEGAN, image:Images, tokens:Int[Tensor, 'n t'])->Float[Tensor, 'b n']:  # cosines: the higher, the better the caption fits
     "Compare pictures with given captions through the contrastive branch."
@@ -240,7 +240,7 @@ def rank_captions(self:DTEGAN, image:Images, tokens:Int[Tensor, 'n t'])->Float[T
         u = self.discriminator.text_vector(self.encoder.for_discriminator(readable(tokens, self.vocab)).sentence)
         return F.normalize(v.float(), dim=1) @ F.normalize(u.float(), dim=1).T
 
-# %% ../../nbs/44_dte_gan.ipynb #44052
+# %% ../../nbs/44_dte_gan.ipynb #44054
 @patch
 def embeddings(self:DTEGAN, tokens:Tokens)->tuple[Float[Tensor, 'b d'], Float[Tensor, 'b d']]:
     "Return S_G and S_D."
