@@ -53,8 +53,7 @@ def make_optimizers(
         if not parameters: raise ValueError(f"player {name!r} has no weights that learn: give it some, or leave it out")
         kinds = sorted({(p.ndim < 2, -getattr(p, 'lr_factor', 1.)) for p in parameters})  # a model may slow some of its weights down
         groups = [dict(params=[p for p in parameters if (p.ndim < 2, -getattr(p, 'lr_factor', 1.)) == kind], factor=-kind[1], **(dict(weight_decay=0.) if kind[0] else {})) for kind in kinds]
-        fused = all(p.device.type in ('cpu', 'cuda') and p.is_floating_point() for p in parameters)
-        given = {'fused': fused, **shared, **options.get(name, {})}
+        given = {'fused': all(p.device.type in ('cpu', 'cuda') and p.is_floating_point() for p in parameters), **shared, **options.get(name, {})}
         try: optimizers[name] = torch.optim.AdamW(groups, **given)
         except TypeError as error: raise ValueError(f"AdamW does not take {sorted(given)} ({error}): use lr, betas, eps, weight_decay") from None
         for group in optimizers[name].param_groups: group['base_lr'] = group['lr']*group.pop('factor')
