@@ -67,6 +67,11 @@ weights: install
 	$(PY) -m jointgen.cli evaluate dte-gan --out runs/dte-gan
 	cp runs/dte-gan/evaluation.json nbs/results/dte_gan.json
 	cp runs/dte-gan/dte_gan_log.json nbs/results/
+	$(PY) -m jointgen.cli train vhe-gan --preset tutorial --out runs/vhe-gan
+	cp runs/vhe-gan/vhe_gan.json runs/vhe-gan/vhe_gan.safetensors jointgen/weights/
+	$(PY) -m jointgen.cli evaluate vhe-gan --out runs/vhe-gan
+	cp runs/vhe-gan/evaluation.json nbs/results/vhe_gan.json
+	cp runs/vhe-gan/vhe_gan_log.json nbs/results/
 	$(PY) -c "from jointgen.manipulation import train_manipulator; train_manipulator('runs/manipulator', steps=640)"
 	cp runs/manipulator/manipulator_32.* jointgen/weights/
 	$(PY) -m jointgen.cli train mxq-vae --preset tutorial --out runs/mxq-vae

@@ -125,7 +125,7 @@ def show_model(
     reader = reader_of(pairs.image.shape[-1]) if marks else None
     lines = report_lines(pairs, reader) if marks else pairs.captions
     (out/name/'report.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    click.echo('\n'.join([f'{name}: ' + (f'{sum(marks)} of 16 pairs agree' if marks else '16 pairs'), *report_lines(pairs[:4], reader)] if marks else lines[:4]))
+    click.echo('\n'.join([f'{name}: ' + (f'{sum(marks)} of 16 pairs agree' if marks else '16 pairs, a bag of words each'), *(report_lines(pairs[:4], reader) if marks else lines[:4])]))
     click.echo(f'    ... the others: {out/name/"report.txt"}\n')
     return pair_consistency(pairs, pairs.vocab, reader) if marks else None
 
@@ -261,7 +261,8 @@ def evaluate(model, n, weights, seed, device, out, **options):
 
 # %% ../nbs/53_command_line.ipynb #53045
 BENCHES = dict(kernels=('jointgen.kernels.benchmark', 'a kernel of this package was refused: see the table'),
-    models=('jointgen.model_speed', 'a model gave another result than its plain version, or missed a bar: see the table'))
+    models=('jointgen.model_speed', 'a model gave another result than its plain version, or missed a bar: see the table'),
+    topics=('jointgen.topic_speed', 'an update of topics gave another result than a loop, or missed a bar: see the table'))
 
 @main.command()
 @click.argument('what', type=Name('benchmark', lambda: BENCHES))
@@ -271,7 +272,7 @@ BENCHES = dict(kernels=('jointgen.kernels.benchmark', 'a kernel of this package 
 @click.option('--device', type=Device(), default='cpu', help="Where to measure: 'cpu' or 'cuda'.")
 @click.option('--out', type=click.Path(path_type=Path, dir_okay=False), help='File to write, as JSON.')
 def bench(what, out, **options):
-    "Time the kernels of this package against others, or its models against plain ones."
+    "Time the kernels of this package against others, its models against plain ones, or the update of topics against loops."
     from jointgen.checkpoints import writable_folder
     if out: writable_folder(out.parent)
     home, complaint = BENCHES[what]
