@@ -72,7 +72,7 @@ weights: install
 	$(PY) -m jointgen.cli evaluate vhe-gan --out runs/vhe-gan
 	cp runs/vhe-gan/evaluation.json nbs/results/vhe_gan.json
 	cp runs/vhe-gan/vhe_gan_log.json nbs/results/
-	$(PY) -c "from jointgen.manipulation import train_manipulator; train_manipulator('runs/manipulator', steps=640)"
+	$(PY) -c "from jointgen.manipulation import train_manipulator; train_manipulator('runs/manipulator', steps=2500)"
 	cp runs/manipulator/manipulator_32.* jointgen/weights/
 	$(PY) -m jointgen.cli train mxq-vae --preset tutorial --out runs/mxq-vae
 	cp runs/mxq-vae/mxq_vae.json runs/mxq-vae/mxq_vae.safetensors jointgen/weights/
