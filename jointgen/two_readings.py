@@ -63,7 +63,7 @@ def read(self:DualTextEncoder,
     if self.mode == 'swap': return self.run(dict(generator='discriminator', discriminator='generator')[reader], player, tokens)
     said = self.run('trunk', player, tokens)
     if self.mode != 'split': return said
-    with torch.set_grad_enabled(torch.is_grad_enabled() and reader == player):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and reader == player), torch.autocast(tokens.device.type, enabled=False):
         return said._replace(sentence=self.nets[reader](said.sentence))
 
 # %% ../nbs/39_two_readings.ipynb #39015

@@ -75,3 +75,10 @@ def test_a_taught_reading_is_a_start_and_its_numbers_are_equally_loud(pairs, mod
 def test_only_a_reader_is_taught(pairs):
     teacher = SentenceEncoder(pairs.vocab, 12, hidden=8, embedding=8)
     with pytest.raises(ValueError, match='trunk fits'): build(pairs, 'split').teach('generator', teacher, pairs.tokens)
+
+
+@pytest.mark.parametrize('mode', OWNED)
+def test_sentences_keep_full_precision_under_autocast(pairs, mode):
+    encoder = build(pairs, mode)
+    with torch.autocast('cpu', torch.bfloat16):
+        for said in (encoder.for_generator(pairs.tokens), encoder.for_discriminator(pairs.tokens)): assert said.sentence.dtype == torch.float32
