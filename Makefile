@@ -62,11 +62,15 @@ weights: install
 	$(PY) -m jointgen.cli evaluate hdgan --out runs/hdgan
 	cp runs/hdgan/evaluation.json nbs/results/hdgan.json
 	cp runs/hdgan/hdgan_log.json nbs/results/
+	$(PY) -c "from jointgen.recipes.hdgan import compare, NESTS, PARTS; compare('runs/hdgan/hdgan_nests.json', NESTS | {k: PARTS[k] for k in ('no local branch', 'kl 1')}, seeds=(0,), steps=1000)"
+	cp runs/hdgan/hdgan_nests.json nbs/results/
 	$(PY) -m jointgen.cli train dte-gan --preset tutorial --out runs/dte-gan
 	cp runs/dte-gan/dte_gan.json runs/dte-gan/dte_gan.safetensors jointgen/weights/
 	$(PY) -m jointgen.cli evaluate dte-gan --out runs/dte-gan
 	cp runs/dte-gan/evaluation.json nbs/results/dte_gan.json
 	cp runs/dte-gan/dte_gan_log.json nbs/results/
+	$(PY) -c "from jointgen.recipes.dte_gan import compare, MODES; compare('runs/dte-gan/dte_gan_modes.json', {k: v for k, v in MODES.items() if k != 'swap'}, seeds=(0,), steps=1000)"
+	cp runs/dte-gan/dte_gan_modes.json nbs/results/
 	$(PY) -m jointgen.cli train vhe-gan --preset tutorial --out runs/vhe-gan
 	cp runs/vhe-gan/vhe_gan.json runs/vhe-gan/vhe_gan.safetensors jointgen/weights/
 	$(PY) -m jointgen.cli evaluate vhe-gan --out runs/vhe-gan

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'MIDDLE', 'GROWTH', 'batch_of', 'updating', 'part', 'split_by_loops', 'tables_by_loops', 'against_loops',
-           'all_cases', 'growth', 'goals', 'bench_topics', 'main']
+           'all_cases', 'growth', 'goals', 'bench_topics']
 
 # %% ../nbs/47c_topic_speed.ipynb #47003
-import argparse, json, math, random
+import json, math, random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -156,7 +156,7 @@ def bench_topics(
     cases = [c for c in all_cases(quick=quick) if only in c.operation]
     if not cases: raise ValueError(f"no operation contains {only!r}, {', '.join(dict.fromkeys(c.operation for c in all_cases()))} are known: give a part of one")
     one, cuda = torch.get_num_threads() == 1, device == 'cuda'
-    results = device_facts(device) | dict(command='python -m jointgen.topic_speed', seed=seed, checked=check, quick=quick, rows=[],
+    results = device_facts(device) | dict(command=f'jointgen bench topics --device {device}', seed=seed, checked=check, quick=quick, rows=[],
         clock='wall time, GPU waited for' if cuda else 'processor time' if one else 'wall time')
     if cuda: results['clocks'] = clocks()
     for case in cases:
@@ -169,21 +169,3 @@ def bench_topics(
     for g in results.get('goals', ()): tell(f"{g['goal']:80}{'not measured' if g['value'] is None else format(g['value'], '.3g'):>13}  {g['bar']}{'   MISSED'*(g['met'] is False)}")
     if out: Path(out).write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
     return passed and not (check and any(g['met'] is False for g in results.get('goals', ())))
-
-# %% ../nbs/47c_topic_speed.ipynb #47030
-def main(arguments=None):
-    "Measure the update of topics from a terminal."
-    parser = argparse.ArgumentParser(prog='python -m jointgen.topic_speed', description=main.__doc__)
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--no-check', dest='check', action='store_false', help='do not compare results first')
-    parser.add_argument('--quick', action='store_true', help='tiny sizes: shows that everything runs')
-    parser.add_argument('--only', default='', help="part of an operation's name: 'growing'")
-    parser.add_argument('--threads', type=int, default=1, help='of PyTorch')
-    parser.add_argument('--out', type=Path, help='file to write, as JSON')
-    options = vars(parser.parse_args(arguments))
-    torch.set_num_threads(options.pop('threads'))
-    return 0 if bench_topics(**options) else 1
-
-# %% ../nbs/47c_topic_speed.ipynb #47032
-#| eval: false
-if __name__ == '__main__': raise SystemExit(main())

@@ -88,6 +88,7 @@ def teach(self:DualTextEncoder,
     "Let a part begin where another encoder is."
     readers = [k for k, net in self.nets.items() if isinstance(net, (SentenceEncoder, FrozenSentences))]
     if name not in readers: raise ValueError(f"{name!r} reads no captions in mode {self.mode!r}, {' or '.join(readers)} fits: name a reader")
+    if encoder.d != self.d: raise ValueError(f'the encoder writes sentences of {encoder.d} numbers, {self.d} fits: teach one of this width')
     if isinstance(self.nets[name], FrozenSentences): self.nets[name] = FrozenSentences(encoder, tokens)
     else:
         said = torch.cat([encoder(part).sentence for part in tokens.split(512)])

@@ -8,7 +8,7 @@ import torch
 
 import jointgen.topic_speed as ts
 from jointgen.model_speed import Case, Trial, gap
-from jointgen.topic_speed import GROWTH, MIDDLE, PARTS, against_loops, all_cases, batch_of, bench_topics, goals, growth, main, part, split_by_loops, tables_by_loops, updating
+from jointgen.topic_speed import GROWTH, MIDDLE, PARTS, against_loops, all_cases, batch_of, bench_topics, goals, growth, part, split_by_loops, tables_by_loops, updating
 from jointgen.topics import PGBN
 
 STORED = Path(__file__).parents[1] / "nbs" / "results"
@@ -99,14 +99,6 @@ def test_failures_are_told(monkeypatch, tmp_path):
     monkeypatch.setattr(ts, "measure", lambda *a, **k: [dict(operation="topic update", size={}, unit="updates", way="sampled", precision="float32", ours=True, gap=0., ms=300., spread=0., per_second=3.)])
     assert not bench_topics(tell=told.append, out=tmp_path / "t.json") and sum("MISSED" in t for t in told) == 1
     assert bench_topics(tell=told.append, check=False)
-
-
-def test_main(monkeypatch):
-    seen, threads = {}, torch.get_num_threads()
-    monkeypatch.setattr(ts, "bench_topics", lambda **options: seen.update(options) or False)
-    assert main(["--quick", "--threads", str(threads), "--out", "x.json"]) == 1 and seen == dict(device="cpu", check=True, quick=True, only="", out=Path("x.json"))
-    with pytest.raises(SystemExit):
-        main(["--loud"])
 
 
 @pytest.mark.parametrize("path", sorted(STORED.glob("topics_*.json")), ids=lambda p: p.stem)

@@ -77,6 +77,12 @@ def test_only_a_reader_is_taught(pairs):
     with pytest.raises(ValueError, match='trunk fits'): build(pairs, 'split').teach('generator', teacher, pairs.tokens)
 
 
+@pytest.mark.parametrize('mode, part', [('dual', 'generator'), ('frozen', 'trunk')])
+def test_a_teacher_of_another_width_is_refused(pairs, mode, part):
+    teacher = SentenceEncoder(pairs.vocab, 9, hidden=8, embedding=8)
+    with pytest.raises(ValueError, match='sentences of 9 numbers, 12 fits'): build(pairs, mode).teach(part, teacher, pairs.tokens)
+
+
 @pytest.mark.parametrize('mode', OWNED)
 def test_sentences_keep_full_precision_under_autocast(pairs, mode):
     encoder = build(pairs, mode)

@@ -19,7 +19,7 @@ TINY = dict(side=16, widths=(12, 8, 4), trunk=(8, 12), d=16, rows=((8,), (8, 16)
             warm=0, documents=64, gibbs_sweeps=2, burn=4, keep=4)
 SWITCHES = [{}, dict(wiring='stack'), dict(topics='expected'), dict(topics='adam'), dict(end_to_end=False), dict(joint=False, warm=1), dict(ladder=False), dict(bound=False),
             dict(length=0), dict(gibbs_share=0.), dict(gibbs_share=1.), dict(gibbs_keep=2), dict(hard=.5), dict(hard=1., gibbs_share=1.), dict(rows=((8, 16),)),
-            dict(refine=0), dict(sparse=.1), dict(weights=dict(reread=0.)), dict(widths=(12, 8)), dict(judge=dict(width=8, code='tile')), dict(judge=dict(width=12, patches=[1, 2], balance=False, lazy=[1, 0])),
+            dict(refine=0), dict(weights=dict(reread=0.)), dict(widths=(12, 8)), dict(judge=dict(width=8, code='tile')), dict(judge=dict(width=12, patches=[1, 2], balance=False, lazy=[1, 0])),
             dict(generator=dict(width=16, squeeze=0, blocks=2, output='tanh')), dict(encoder=dict(k_range=[.5, 10.], hidden=[8, 8, 8])), dict(weights=dict(kl=[.1, .03, .01], uncond=0.)),
             dict(weights=dict(r1=.1, r2=.1)), *(dict(game=g) for g in GAMES if g != 'logistic')]
 NAMES = [' '.join(f'{k}={v}' for k, v in s.items())[:40] or 'default' for s in SWITCHES]

@@ -30,12 +30,12 @@ from ..text_nets import sampling_mode
 from ..topic_learning import TopicSampler
 from ..topic_scores import likelihood_table
 from ..topics import PGBN
-from ..vhe_parts import GAME, RowJudges, bound_terms, draw_topics, each, mixed, plan_rows, sparse_topics, topic_loss
+from ..vhe_parts import GAME, RowJudges, bound_terms, draw_topics, each, mixed, plan_rows, topic_loss
 
 # %% ../../nbs/42_vhe_gan.ipynb #42008
 SIZES = MappingProxyType(dict(bound=None, widths=(100, 48, 24), eta=.1, top=None, seed=0, ladder=True, trunk=(24, 48, 96), d=256, encoder={},
     length=16., rows=((8, 16), (16, 32)), scales=(8, 16, 32), generator={}, judge={}, warm=800, documents=60_000,
-    gibbs_share=.5, gibbs_sweeps=4, gibbs_keep=0, refine=2, sparse=0., hard=0., burn=50, keep=50))
+    gibbs_share=.5, gibbs_sweeps=4, gibbs_keep=0, refine=2, hard=0., burn=50, keep=50))
 WEIGHTS = MappingProxyType(dict(GAME, text=1., kl=.03, reread=.1))
 
 class VHEGAN(JointModel):
@@ -62,7 +62,6 @@ class VHEGAN(JointModel):
         self.layout, self.kl_weights = plan_rows(wiring, c['widths'], side=side, rows=c['rows'], scales=c['scales']), each(w['kl'], len(c['widths']))
         self.bag = Bag(vocab, c['bound'])
         self.pgbn = PGBN(self.bag.size, c['widths'], eta=c['eta'], top=c['top'], learned=topics == 'adam', seed=c['seed'])
-        if c['sparse'] and not self.pgbn.learned: self.pgbn.put(sparse_topics(self.pgbn, c['sparse'], seed=c['seed']))
         self.sampler = TopicSampler(self.pgbn, mode=topics)
         self.trunk = PictureTrunk(side, c['trunk'], c['d'])
         self.encoder = LadderEncoder(c['widths'], d=c['d'], downward=c['ladder'], **c['encoder'])

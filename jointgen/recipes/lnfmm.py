@@ -98,7 +98,7 @@ def kinds(
 def device_of(model:nn.Module)->torch.device: return next(model.parameters()).device
 
 def write(
-    model:LNFMM,
+    model:nn.Module,        # has `image_to_text`
     data:CaptionedDigits,
     *,
     samples:int=10,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'GAME', 'PAPER', 'PRESETS', 'TOPICS_RATE', 'JOINT', 'PARTS', 'TOPICS', 'make_model', 'train_both', 'train',
-           'two_readings', 'score_layers', 'score_topics', 'score_retrieval', 'tell', 'evaluate', 'one_run', 'compare']
+           'two_readings', 'score_layers', 'score_topics', 'score_retrieval', 'evaluate', 'one_run', 'compare']
 
 # %% ../../nbs/49_vhe_gan_recipe.ipynb #49003
 import tempfile
@@ -22,9 +22,9 @@ from ..joint import save_model
 from ..matching import load_matcher
 from ..metrics import load_reader
 from ..models.vhe_gan import VHEGAN
-from ..pairs import Images, Pairs
+from ..pairs import Pairs
 from .hdgan import SCHEDULES, changed, row_of, training_data
-from .lnfmm import device_of, score_captions
+from .lnfmm import device_of, score_captions, write
 from .mxq_vae import plan, train_stage, write_log
 from ..scores import of_subsets, score_samples
 from ..topic_scores import blind_rates, bound_accuracy, coherence, diversity, exact_reader_rates, likelihood_r_precision, perplexity
@@ -172,21 +172,6 @@ def score_retrieval(
             for who, x in (('real', pairs.image), ('painted', painted)) for way, blind in ways.items()}
 
 # %% ../../nbs/49_vhe_gan_recipe.ipynb #49027
-def tell(
-    model:VHEGAN,
-    image:Images,
-    samples:int=1,             # captions of each picture
-    temperature:float|int=0.,  # of the topics: 0 takes their means
-    *,
-    seed:int=0,
-)->list:                       # for each picture a list of captions
-    "Tell all pictures."
-    generator, device = torch.Generator().manual_seed(seed), device_of(model)
-    parts = [model.image_to_text(x.to(device), samples=samples, temperature=temperature, generator=generator).cpu() for x in image.split(250)]
-    said = model.vocab.decode(torch.cat(parts))
-    return [said[i:i + samples] for i in range(0, len(said), samples)]
-
-# %% ../../nbs/49_vhe_gan_recipe.ipynb #49029
 def evaluate(
     model:VHEGAN,
     *,
@@ -204,18 +189,18 @@ def evaluate(
     images = score_pictures(model, data, matcher=load_matcher(side), samples=samples, seed=seed, **options)
     real, training = captioned_digits(2*n, 'test', side, subsets, seed).pairs, captioned_digits(20_000, 'train', side).pairs
     drawn = of_subsets(model.sample_pairs(n, generator=torch.Generator().manual_seed(seed), **options).to('cpu'), subsets)
-    said = lambda *o: score_captions(tell(model, data.pairs.image, *o, seed=seed), data)
+    said = lambda samples, temperature: score_captions(write(model, data, samples=samples, seed=seed, batch_size=250, temperature=temperature), data)
     return dict(settings=settings, **images, captions=said(1, 0.), captions_drawn=said(4, temperature),
         pairs=score_samples(drawn, real, training, load_reader(side)), topics=score_topics(model, data.pairs, training, seed=seed),
         retrieval=score_retrieval(model, data.pairs, training, seed=seed))
 
-# %% ../../nbs/49_vhe_gan_recipe.ipynb #49045
+# %% ../../nbs/49_vhe_gan_recipe.ipynb #49043
 JOINT = {'joint': {}, 'two steps': dict(joint=False)}
 PARTS = {'no ladder': dict(ladder=False), 'game keeps out of the encoder': dict(end_to_end=False), 'one generator': dict(wiring='stack'), 'no Gibbs codes': dict(gibbs_share=0.),
     'nothing read back': dict(weights=dict(reread=0.))}
 TOPICS = {f'topics: {k}': dict(topics=k) for k in ('mcmc', 'expected', 'adam')}
 
-# %% ../../nbs/49_vhe_gan_recipe.ipynb #49047
+# %% ../../nbs/49_vhe_gan_recipe.ipynb #49045
 def one_run(
     changes:dict,          # of the tutorial's model
     *,
@@ -235,7 +220,7 @@ def one_run(
     row = row_of(score_pictures(model, test, matcher=load_matcher(model.side)))
     return row | dict(perplexity=topics['perplexity']['from pictures'], told=topics['accuracy']['from pictures']['digit_at_place'], cosine=topics['layers']['layer 1']['cosine'])
 
-# %% ../../nbs/49_vhe_gan_recipe.ipynb #49048
+# %% ../../nbs/49_vhe_gan_recipe.ipynb #49046
 def compare(
     out:str|Path,           # a JSON file; runs that it holds are not repeated
     variants:dict,          # name -> changes of the constructor
