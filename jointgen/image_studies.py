@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['interpolate_sentences', 'object_mask', 'noise_roles', 'caption_labels', 'linear_probe', 'cka', 'affine_r2',
-           'run_variants']
+           'write_json', 'run_variants']
 
 # %% ../nbs/39_text_to_image_studies.ipynb #39003
 import json
@@ -141,6 +141,12 @@ def affine_r2(
     return (1 - error/(b[cut:] - b[:cut].mean(0)).square().sum().clamp(min=1e-12)).item()
 
 # %% ../nbs/39_text_to_image_studies.ipynb #39031
+def write_json(path:str|Path, facts)->None:
+    "Write facts to a temporary file, then give it its name."
+    half = Path(path).with_suffix('.tmp')
+    half.write_text(json.dumps(facts, indent=1, default=str) + '\n', encoding='utf-8')
+    half.replace(path)
+
 def run_variants(
     out:str|Path,                 # a JSON file; runs that it holds are not repeated
     variants:Mapping,             # name -> changes
@@ -156,6 +162,5 @@ def run_variants(
         for name, changes in variants.items():
             if len(results.setdefault(name, [])) > i: continue
             results[name].append(run(changes, seed=seed, **options))
-            facts = dict(results=results, seeds=list(seeds), options=options, torch=torch.__version__)
-            out.write_text(json.dumps(facts, indent=1, default=str) + '\n', encoding='utf-8')
+            write_json(out, dict(results=results, seeds=list(seeds), options=options, torch=torch.__version__))
     return results

@@ -169,8 +169,8 @@ class RasterGenerator(nn.Module):
         width = [width]*len(rows) if isinstance(width, int) else width
         if len(width) != len(rows): raise ValueError(f'width has {len(width)} entries, {len(rows)} fit: give one for each row')
         ends = [row[-1] if row else 0 for row in rows]
-        if any(b <= a for a, b in zip(ends, ends[1:])):
-            raise ValueError(f'rows end at {ends} px, sides that grow fit: end each row larger than the one before')
+        if any(b < a for a, b in zip(ends, ends[1:])):
+            raise ValueError(f'rows end at {ends} px, sides that never shrink fit: end each row at least as large as the one before')
         self.d_codes, self.rows = tuple(d_codes), tuple(map(tuple, rows))
         self.nets = nn.ModuleList(TreeGenerator(d, row, width=w, before=b, **options) for d, row, w, b in zip(d_codes, rows, width, [0, *ends]))
 

@@ -160,7 +160,8 @@ def test_paper_sizes_of_the_tree():
 
 def test_bad_rows():
     with pytest.raises(ValueError, match='2 codes meet 1 rows'): RasterGenerator((5, 7), ((8, 16),))
-    with pytest.raises(ValueError, match='sides that grow fit'): RasterGenerator((5, 7), ((8, 16), (8, 16)))
+    with pytest.raises(ValueError, match='sides that never shrink fit'): RasterGenerator((5, 7), ((8, 16), (8,)))
+    assert [[x.shape[-1] for x in row] for row in RasterGenerator((5, 7), ((8, 16), (8, 16)), width=16)([torch.rand(2, 5), torch.rand(2, 7)])] == [[8, 16], [8, 16]]
     with pytest.raises(ValueError, match='end the row before at 16 px or more'): RasterGenerator((5, 7), ((8,), (32, 64)))
     with pytest.raises(ValueError, match='width has 3 entries, 2 fit'): RasterGenerator((5, 7), width=(8, 8, 8))
     with pytest.raises(ValueError, match='the next row meets it at 8 px'): Join(12, 8, 4)

@@ -243,6 +243,17 @@ def test_kinds_and_shapes(model, pairs, vocab):
     assert torch.equal(model.pyramid(thetas)[-1], model.pyramid(p.tokens, temperature=0, generator=generator())[-1])
 
 
+def test_both_sides_out_of_nothing_come_from_one_code(vocab, monkeypatch):
+    from jointgen.vhe_parts import draw_topics
+    model, codes = tiny(vocab).eval(), []
+    whole, drawn = model.paint, draw_topics(model.pgbn, 5, length=model.sizes['length'], generator=generator())
+    monkeypatch.setattr(model, 'paint', lambda thetas: codes.append(thetas) or whole(thetas))
+    for settle in (False, True):
+        pairs = model.sample_pairs(5, settle=settle, generator=generator())
+        assert torch.equal(pairs.tokens, model.bag.tell(model.pgbn.rates(codes[-1][0]))) and torch.equal(pairs.image, whole(codes[-1])[-1][-1].clamp(-1, 1))
+    assert all(torch.equal(a, b) for a, b in zip(codes[0], drawn)) and not torch.allclose(codes[1][0], drawn[0])
+
+
 def test_codes_of_both_wirings(vocab, model, pairs):
     thetas = model.read(pairs.tokens[:3])
     assert [c.shape[1] for c in model.codes(thetas)] == [8, 12] and [c.shape[1] for c in tiny(vocab, wiring='stack').codes(thetas)] == [24]

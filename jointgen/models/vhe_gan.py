@@ -35,8 +35,9 @@ from ..vhe_parts import GAME, RowJudges, bound_terms, draw_topics, each, mixed, 
 # %% ../../nbs/42_vhe_gan.ipynb #42008
 SIZES = MappingProxyType(dict(bound=None, widths=(100, 48, 24), eta=.1, top=None, seed=0, ladder=True, trunk=(24, 48, 96), d=256, encoder={},
     length=16., rows=((8, 16), (16, 32)), scales=(8, 16, 32), generator={}, judge={}, warm=800, documents=60_000,
-    gibbs_share=.5, gibbs_sweeps=4, gibbs_keep=0, refine=2, hard=0., burn=50, keep=50))
-WEIGHTS = MappingProxyType(dict(GAME, text=1., kl=.03, reread=.1))
+    gibbs_share=.5, gibbs_sweeps=4, gibbs_keep=0, refine=2, hard=0., burn=50, keep=50,
+    encoder_lr=1.))  # the last: the share of the generator's rate that the encoder has in a game, obeyed by the recipe
+WEIGHTS = MappingProxyType(dict(GAME, text=1., kl=.003, reread=.1))
 
 class VHEGAN(JointModel):
     "Read pictures into topics that explain their captions, and paint from topics."
@@ -260,12 +261,15 @@ def sample_pairs(self:VHEGAN,
     n:int,
     *,
     temperature:float|int=1.,             # scales the variance of the prior's gammas, not their means
+    settle:bool=True,                     # let topics hear, as in `read`, the words that they said; False: as they were drawn, the paper's way
     generator:torch.Generator|None=None,
 )->Pairs:
     "Draw pairs out of nothing: topics from the top down, then words and picture from the same topics."
     check_draw(n, temperature)
+    tell = lambda thetas: self.bag.tell(self.pgbn.rates(thetas[0]).detach())
     thetas = draw_topics(self.pgbn, n, length=self.sizes['length'] or 1., temperature=temperature, generator=generator)
-    return Pairs(self.pyramid(thetas)[-1].clamp(-1, 1), self.bag.tell(self.pgbn.rates(thetas[0]).detach()), self.vocab)
+    if settle: thetas = self.pgbn.gibbs(self.bag.count(tell(thetas)), burn=self.sizes['burn'], keep=self.sizes['keep'], thetas=thetas, generator=generator)
+    return Pairs(self.pyramid(thetas)[-1].clamp(-1, 1), tell(thetas), self.vocab)
 
 @patch
 def reconstruct(self:VHEGAN, pairs:Pairs)->Pairs:

@@ -20,7 +20,7 @@ from ..models.vhe_gan import VHEGAN
 from ..pairs import Images, Pairs
 from . import vhe_gan as recipe
 from .hdgan import changed
-from .mxq_vae import plan, train_stage
+from .mxq_vae import plan
 
 # %% ../../nbs/49b_vhe_gan_unseen.ipynb #49006
 HELD = tuple((list(COLORS)[i % len(COLORS)], c) for i, c in enumerate(CLASSES))
@@ -72,9 +72,7 @@ def train_without(
     data = without(captioned_digits(pairs, 'train', p['model']['side'], seed=seed))
     p['stage1'] = dict(p['stage1'], steps=steps, pairs=len(data))
     p['stage2'] = p['stage1']
-    model = recipe.make_model(p, seed=seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        return train_stage(model, data, Path(scratch)/'run', options=p['stage1'], seed=seed, clip=p['clip']).model.eval()
+    with tempfile.TemporaryDirectory() as scratch: return recipe.raise_bound(p, scratch, data, seed=seed).model.eval()
 
 def one_run(
     changes:dict,       # of the tutorial's model
