@@ -35,8 +35,7 @@ from ..vhe_parts import GAME, RowJudges, bound_terms, draw_topics, each, mixed, 
 # %% ../../nbs/42_vhe_gan.ipynb #42008
 SIZES = MappingProxyType(dict(bound=None, widths=(100, 48, 24), eta=.1, top=None, seed=0, ladder=True, trunk=(24, 48, 96), d=256, encoder={},
     length=16., rows=((8, 16), (16, 32)), scales=(8, 16, 32), generator={}, judge={}, warm=800, documents=60_000,
-    gibbs_share=.5, gibbs_sweeps=4, gibbs_keep=0, refine=2, hard=0., burn=50, keep=50,
-    encoder_lr=1.))  # the last: the share of the generator's rate that the encoder has in a game, obeyed by the recipe
+    gibbs_share=.5, gibbs_sweeps=4, gibbs_keep=0, refine=2, hard=0., burn=50, keep=50, encoder_lr=1.))
 WEIGHTS = MappingProxyType(dict(GAME, text=1., kl=.003, reread=.1))
 
 class VHEGAN(JointModel):

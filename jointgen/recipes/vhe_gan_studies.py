@@ -124,7 +124,7 @@ def weigh(
     "Raise the bound with every weight of the divergence."
     return run_variants(out, variants, one_weight, seeds=seeds, **options)
 
-# %% ../../nbs/49c_vhe_gan_studies.ipynb #49030
+# %% ../../nbs/49c_vhe_gan_studies.ipynb #49031
 @torch.no_grad()
 def row_scores(
     model:VHEGAN,
@@ -147,7 +147,7 @@ def variety(image:Images)->float:  # of [-1, 1]
     "Say how much pictures of a batch differ: the standard deviation of a pixel, on average."
     return image.std(0).mean().item()
 
-# %% ../../nbs/49c_vhe_gan_studies.ipynb #49032
+# %% ../../nbs/49c_vhe_gan_studies.ipynb #49033
 def study_rows(
     out:str|Path,          # a JSON file; beside it the picture of one raster, as PNG
     changes:dict=ROWS['three rows'],
