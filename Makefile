@@ -80,12 +80,13 @@ weights: install
 	$(PY) -m jointgen.cli evaluate vhe-gan --weights runs/vhe-gan-stack/vhe_gan.safetensors --out runs/vhe-gan-stack
 	cp runs/vhe-gan-stack/evaluation.json nbs/results/vhe_gan_stack.json
 	$(PY) -c "from jointgen.recipes.vhe_gan_studies import compare, JOINT; compare('runs/vhe-gan/vhe_gan_joint.json', JOINT)"
+	$(PY) -c "from jointgen.recipes.vhe_gan_studies import compare; compare('runs/vhe-gan/vhe_gan_short.json', {'two short steps': dict(joint=False)}, longer=False)"
 	$(PY) -c "from jointgen.recipes.vhe_gan_studies import compare, PARTS; compare('runs/vhe-gan/vhe_gan_parts.json', PARTS, seeds=(0,))"
 	$(PY) -c "from jointgen.recipes.vhe_gan_studies import compare, TOPICS; compare('runs/vhe-gan/vhe_gan_topics.json', TOPICS, seeds=(0,))"
 	$(PY) -c "from jointgen.recipes.vhe_gan_studies import weigh; weigh('runs/vhe-gan/vhe_gan_kl.json')"
 	$(PY) -c "from jointgen.recipes.vhe_gan_studies import study_rows; study_rows('runs/vhe-gan/vhe_gan_rows.json')"
 	$(PY) -c "from jointgen.recipes.vhe_gan_unseen import compare; compare('runs/vhe-gan/vhe_gan_unseen.json')"
-	for f in joint parts topics kl rows unseen; do cp runs/vhe-gan/vhe_gan_$$f.json nbs/results/; done
+	for f in joint short parts topics kl rows unseen; do cp runs/vhe-gan/vhe_gan_$$f.json nbs/results/; done
 	cp runs/vhe-gan/vhe_gan_rows.png nbs/images/
 	$(PY) -c "from jointgen.manipulation import train_manipulator; train_manipulator('runs/manipulator', steps=2500)"
 	cp runs/manipulator/manipulator_32.* jointgen/weights/

@@ -39,7 +39,8 @@ def test_the_two_step_variant_learns_as_long_and_then_stands_still(monkeypatch):
     monkeypatch.setattr(recipe, "train_both", lambda p, *a, **o: seen.append(p) or (_ for _ in ()).throw(KeyboardInterrupt))
     for changes in studies.JOINT.values():
         with pytest.raises(KeyboardInterrupt): studies.one_run(changes, first=5, steps=7)
-    assert [(p["stage1"]["steps"], p["stage2"]["steps"]) for p in seen] == [(5, 7), (12, 7)]
+    with pytest.raises(KeyboardInterrupt): studies.one_run(dict(joint=False), first=5, steps=7, longer=False)
+    assert [(p["stage1"]["steps"], p["stage2"]["steps"]) for p in seen] == [(5, 7), (12, 7), (5, 7)]
 
 
 @pytest.mark.parametrize("name", [*studies.PARTS, *studies.TOPICS, *studies.ROWS])
@@ -78,6 +79,6 @@ def test_six_pictures_of_three_rows(tmp_path, monkeypatch):
 
 
 def test_the_committed_comparisons_are_whole():
-    for name, variants, seeds in (("joint", studies.JOINT, 3), ("parts", studies.PARTS, 1), ("topics", studies.TOPICS, 1), ("kl", studies.WEIGHTS, 1)):
+    for name, variants, seeds in (("joint", studies.JOINT, 3), ("short", ["two short steps"], 3), ("parts", studies.PARTS, 1), ("topics", studies.TOPICS, 1), ("kl", studies.WEIGHTS, 1)):
         kept = json.loads((RESULTS/f"vhe_gan_{name}.json").read_text())
         assert {k: len(v) for k, v in kept["results"].items()} == dict.fromkeys(variants, seeds)

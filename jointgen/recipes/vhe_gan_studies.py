@@ -42,12 +42,13 @@ def train_variant(
     *,
     first:int=600,         # steps of stage 1
     steps:int=600,         # of stage 2
+    longer:bool=True,      # where the encoder stands still in stage 2, let stage 1 last as long as both
     seed:int=0,
 )->VHEGAN:
     "Train one variant, briefly."
     p = plan('tutorial', None, recipe.PRESETS)
     p['model'] = changed(p['model'], changes)
-    first += 0 if p['model'].get('joint', True) else steps
+    first += steps if longer and not p['model'].get('joint', True) else 0
     for stage, count in (('stage1', first), ('stage2', steps)): p[stage] = dict(p[stage], steps=count, pairs=min(20_000, count*p[stage]['batch_size']))
     with tempfile.TemporaryDirectory() as scratch: return recipe.train_both(p, scratch, seed=seed)[0]
 
@@ -90,7 +91,7 @@ def dots(
         at = (i - (len(rows) - 1)/2)*width
         for j, k in enumerate(names): ax.plot([j + at]*len(runs), [r[k] for r in runs], 'o', ms=4, color=f'C{i}', label=None if j else who)
     ax.set_xticks(range(len(names)), [n.replace('_', '\n') for n in names])
-    ax.set(ylabel='score', ylim=(0, None)); ax.legend(ncols=4, loc='lower center', bbox_to_anchor=(0.5, 1))
+    ax.set(ylabel='score', ylim=(0, 1.05)); ax.legend(ncols=4, loc='lower center', bbox_to_anchor=(0.5, 1))
 
 # %% ../../nbs/49c_vhe_gan_studies.ipynb #49023
 WEIGHTS = {f'{w:g}': dict(weights=dict(kl=w)) for w in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.)}
