@@ -93,7 +93,7 @@ def dots(
     ax.set_xticks(range(len(names)), [n.replace('_', '\n') for n in names])
     ax.set(ylabel='score', ylim=(0, 1.05)); ax.legend(ncols=4, loc='lower center', bbox_to_anchor=(0.5, 1))
 
-# %% ../../nbs/49c_vhe_gan_studies.ipynb #49023
+# %% ../../nbs/49c_vhe_gan_studies.ipynb #49024
 WEIGHTS = {f'{w:g}': dict(weights=dict(kl=w)) for w in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.)}
 
 def one_weight(
@@ -125,7 +125,7 @@ def weigh(
     "Raise the bound with every weight of the divergence."
     return run_variants(out, variants, one_weight, seeds=seeds, **options)
 
-# %% ../../nbs/49c_vhe_gan_studies.ipynb #49031
+# %% ../../nbs/49c_vhe_gan_studies.ipynb #49032
 @torch.no_grad()
 def row_scores(
     model:VHEGAN,
@@ -148,7 +148,7 @@ def variety(image:Images)->float:  # of [-1, 1]
     "Say how much pictures of a batch differ: the standard deviation of a pixel, on average."
     return image.std(0).mean().item()
 
-# %% ../../nbs/49c_vhe_gan_studies.ipynb #49033
+# %% ../../nbs/49c_vhe_gan_studies.ipynb #49034
 def study_rows(
     out:str|Path,          # a JSON file; beside it the picture of one raster, as PNG
     changes:dict=ROWS['three rows'],
