@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
 from ..digits import CaptionedDigits, captioned_digits
 from ..image_nets import image_pyramid
@@ -101,7 +99,6 @@ def one_weight(
     *,
     steps:int=800,      # of the bound alone
     n:int=300,          # held-out pairs
-    every:int=20,       # steps of the log that are kept
     seed:int=0,
 )->dict:                # 'curve': step -> KL by layer and perplexity; the numbers of `score_topics`
     "Raise the bound, and keep what its terms did."
@@ -111,7 +108,7 @@ def one_weight(
     p['stage2'], side = p['stage1'], p['model']['side']
     with tempfile.TemporaryDirectory() as scratch: learner = recipe.raise_bound(p, scratch, captioned_digits(p['stage1']['pairs'], 'train', side, seed=seed).pairs, seed=seed)
     shown = [k for k in learner.log[0] if k.startswith('kl_')] + ['perplexity']
-    curve = [{k: r[k] for k in ('step', *shown)} for r in learner.log[::max(1, every//10)]]
+    curve = [{k: r[k] for k in ('step', *shown)} for r in learner.log[::2]]  # every twentieth step
     test = captioned_digits(n, 'test', side, seed=1)
     return dict(curve=curve, **recipe.score_topics(learner.model.eval(), test.pairs, captioned_digits(2000, side=side).pairs))
 
