@@ -10,12 +10,10 @@ from jointgen import image_scores
 from jointgen.digits import captioned_digits
 from jointgen.joint import load_model
 from jointgen.recipes import vhe_gan as recipe
+from tiny_vhe_gan import SIZES, TINY
 
 torch.set_num_threads(1)
 RESULTS = Path(__file__).parents[1] / "nbs/results"
-SIZES = dict(side=32, widths=(12, 6), trunk=(8, 8, 8), d=16, generator=dict(width=16), judge=dict(width=16), burn=3, keep=3)
-TINY = dict(model=SIZES, copies=0, ema=0.9, schedule="hold_and_fall", clip=5.,
-    stage1=dict(pairs=64, steps=4, batch_size=16, lr=1e-3), stage2=dict(pairs=64, steps=4, batch_size=8, lr=1e-3))
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,9 @@ import torch
 from jointgen.digits import CLASSES, COLORS, captioned_digits, draw_slots, write_caption
 from jointgen.recipes import vhe_gan as recipe
 from jointgen.recipes import vhe_gan_unseen as unseen
+from tiny_vhe_gan import SIZES, TINY
 
 torch.set_num_threads(1)
-SIZES = dict(side=32, widths=(12, 6), trunk=(8, 8, 8), d=16, generator=dict(width=16), judge=dict(width=16), burn=3, keep=3)
-TINY = dict(model=SIZES, copies=0, ema=0.9, schedule="hold_and_fall", clip=5., stage1=dict(pairs=64, steps=3, batch_size=16, lr=1e-3), stage2=dict(pairs=64, steps=3, batch_size=8, lr=1e-3))
 
 
 def test_every_colour_and_digit_stays():
